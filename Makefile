@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE  # the tests start dozens of processes: the package is compiled once
 
-.PHONY: demo demo-grow demo-train-once demo-imagenet test test-slow package reliability tables tables-check reference docs lint clean
+.PHONY: demo demo-grow demo-train-once demo-imagenet test suite test-slow package reliability tables tables-check reference docs lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -42,7 +43,10 @@ demo-imagenet: .venv/ready  ## make demo-imagenet IMAGES=folder: the same for Ef
 	  --batch-size 32 --weight-bits 3,4,6,8 --activation-bits 8 --candidate-steps 10 --steps 25 \
 	  --budget 4bit --budget 5bit --budget 20% --output runs/lite0 --overwrite
 
-test: .venv/ready lint tables-check  ## the whole suite, minutes on two cores
+test: .venv/ready  ## lint, the tables and the whole suite at once, minutes on two cores
+	@$(MAKE) --no-print-directory --jobs 3 lint tables-check suite
+
+suite: .venv/ready
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 20
 
 test-slow: .venv/ready  ## the long checks

@@ -99,6 +99,6 @@ def _padded(name: str, tensor: Tensor, mask: Tensor, arbitrary: Tensor, padding:
     return torch.where(nn.functional.pad(mask, (0, padding)).bool(), longer, arbitrary) if name == "input_ids" else longer
 
 
-def covered(kind: str) -> nn.Module:
+def covered(kind: str, layers: int = 2) -> nn.Module:
     """The network as adapted by anybit."""
-    return adapted(make(kind))
+    return adapted(make(kind, layers=layers))

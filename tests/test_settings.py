@@ -15,7 +15,7 @@ import anybit
 from anybit.data.options import TASK_NAMES
 from anybit.errors import InvalidFile, InvalidSetting
 from anybit.loops.settings import TrainSettings
-from anybit.methods.settings import CSQSettings, LSQSettings, MultiQuantSettings, SearchSettings
+from anybit.methods.settings import CSQSettings, LSQSettings, MSQSettings, MultiQuantSettings, SearchSettings
 from anybit.numerics.ranges import ESTIMATORS
 from anybit.roads.settings import CalibrateSettings, GrowSettings
 from anybit.scheme import Precision
@@ -23,7 +23,7 @@ from anybit.settings import LARGEST, Option, options_of, without_none
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.settings import SupernetSettings
 
-METHODS = (CSQSettings, LSQSettings, MultiQuantSettings, SearchSettings)
+METHODS = (CSQSettings, LSQSettings, MSQSettings, MultiQuantSettings, SearchSettings)
 KINDS = (CalibrateSettings, GrowSettings, SupernetSettings, Preprocessing, TrainSettings, *METHODS)
 OPTIONS = [(kind, one) for kind in KINDS for one in options_of(kind).values()]
 NAMES = [f"{kind.__name__}.{one.name}" for kind, one in OPTIONS]

@@ -122,5 +122,5 @@ def test_polish_settings_are_keywords_of_extract():
     assert "settings" not in inspect.signature(anybit.extract).parameters
     with pytest.raises(InvalidSetting, match=r"extract has no 'stesp'.*steps="):
         anybit.extract("runs/s", "3bit", stesp=3)
-    with pytest.raises(InvalidSetting, match=r"steps has no part in an extraction without polish.*polish=True and data="):
+    with pytest.raises(InvalidSetting, match=r"steps does not apply to an extraction without polish.*polish=True and data="):
         anybit.extract("runs/s", "3bit", steps=3)

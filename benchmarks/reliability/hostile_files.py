@@ -401,7 +401,7 @@ KINDS: dict[str, Kind] = {
     "training checkpoint": Kind(("checkpoint.safetensors",), read_training, remake_training),
     "supernet": Kind(("supernet.json", "supernet.safetensors", "report.json"), read_store, remake_supernet),
     "search": Kind(("search.json",), read_search, remake_supernet),
-    "kept result": Kind(("kept.safetensors", "record.json"), read_kept, remake_kept),
+    "stored result": Kind(("kept.safetensors", "record.json"), read_kept, remake_kept),
     "latency cache": Kind(("latency.json",), read_latency, lambda folder: reseal(folder / "latency.json")),
     "list of own runs": Kind(("state/anybit/runs.json",), read_listing, guarded=False),
     "scheme to extract": Kind(("wanted.json",), read_scheme_text, guarded=False),
@@ -418,7 +418,7 @@ def write_all(home: Path, seed: int, width: int = 4) -> None:
     result = anybit.calibrate(network, LABELLED, "4bit", test=LABELLED, seed=seed, cache=False, **QUICK)
     for kind in ("run", "report", "candidates", "list of own runs", "exported file"):
         result.save(home / kind)
-    for kind in ("scheme to extract", "kept result", "latency cache", "weights", "pickled weights"):
+    for kind in ("scheme to extract", "stored result", "latency cache", "weights", "pickled weights"):
         (home / kind).mkdir()
     if seed == 0:  # it is not recomputed
         anybit.export(home / "run", home / "exported file" / "net.onnx", model=network, data=INPUTS)
@@ -431,7 +431,7 @@ def write_all(home: Path, seed: int, width: int = 4) -> None:
     supernet = anybit.train(network, LABELLED, seed=seed, **TRAINING)
     supernet.save(home / "supernet")
     anybit.search(supernet, LABELLED, ["3bit"], images=3, evaluations=10, seed=seed, cache=False).save(home / "search")
-    write_kept(home / "kept result", seed, width)
+    write_kept(home / "stored result", seed, width)
     names = observed().names
     steps = [OperationFlow(name, (number,), (number + 1,), 100) for number, name in enumerate(names)]
     table = LatencyTable({n: {"float32": 3e-4, "int8": 1e-4} for n in names}, {"float32": 5e-4, "int8": 6e-4}, 1e-8, steps)

@@ -5,6 +5,7 @@
 
     methods   CSQ, uniform LSQ at equal size, calibrate at equal size, and calibrate's scheme trained: 3 bits with A4 and with float
               activations, two seeds; CSQ's scheme trained with LSQ; CSQ at 2 and at 4 bits
+    growing   MSQ with and without its pull, CSQ, CSQ's scheme trained with LSQ, and uniform LSQ: 3 bits, float activations
     agreement sensitivities of the grown networks, from the run folders written by `methods --runs`
     choices   the two binary choices: weight gates soft or straight-through, plane gates soft or hard with periodic pruning (BSQ-like)
     borders   the float network's batch-norm statistics re-estimated on 2,048 training images: augmented with black borders, with the mean
@@ -14,7 +15,8 @@
     full      600 epochs from scratch as published, 20 times smaller by the paper's count; needs a GPU
 
 The CPU tier (10 epochs, from trained weights) takes hours on two cores; with `--images 12800` it trains on a quarter of the images, in a
-separate JSON; `choices` and `scratch` with `--images 3200 --batch-size 64` take 5 to 15 minutes per run. Accuracies are soft and frozen;
+separate JSON; `growing` was run with `--images 6400 --epochs 3 --test-once --seeds 1`, each seed then takes about 15 minutes on one core;
+`choices` and `scratch` with `--images 3200 --batch-size 64` take 5 to 15 minutes per run. Accuracies are soft and frozen;
 drops are relative to the float network trained equally long by the same recipe.
 """
 
@@ -101,6 +103,24 @@ def calibrated(study: Growing, activation_bits: int | None, seed: int) -> dict[s
     """The calibrate road on 1,024 training images, at the same budget."""
     result = anybit.calibrate(study.network(), study.train, "3bit", activation_bits=(activation_bits,), seed=seed, mirror=True, cache=False)
     return study.row(result) | {"table": result.table["table"]}
+
+
+def growing(study: Growing) -> None:
+    """The methods that grow a scheme, and what their schemes are compared with. With so few steps, compiling does not pay."""
+
+    def run(key: str, budget: str | None, **settings: Any) -> None:
+        study.measured(key, lambda: study.grown(key, budget, activation_bits=None, compile=False, **settings))
+
+    for seed in range(study.arguments.seeds):
+        run(f"float seed {seed}", None, scheme=Scheme.uniform(study.names(), FLOAT), seed=seed)
+        run(f"LSQ W3 seed {seed}", None, scheme=Scheme.uniform(study.names(), Precision(3, None)), seed=seed)
+        run(f"MSQ 3bit seed {seed}", "3bit", method="msq", seed=seed)
+        run(f"MSQ 3bit, no pull, seed {seed}", "3bit", method="msq", pull=0.0, seed=seed)
+        run(f"CSQ 3bit seed {seed}", "3bit", method="csq", per_channel=True, seed=seed)
+        for method in ("CSQ", "MSQ"):
+            grown = study.entries.get(f"{method} 3bit seed {seed}")
+            if grown:
+                run(f"{method}'s scheme trained with LSQ, seed {seed}", None, scheme=Scheme.parse(grown["layers"]), seed=seed)
 
 
 def agreement(study: Growing) -> None:
@@ -245,6 +265,7 @@ def full(study: Growing) -> None:
 
 STUDIES = {
     "methods": methods,
+    "growing": growing,
     "agreement": agreement,
     "choices": choices,
     "borders": borders,

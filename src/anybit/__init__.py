@@ -1,4 +1,4 @@
-"""anybit: low-bit, mixed-precision networks by three roads that share one vocabulary and one result.
+"""anybit: low-bit, mixed-precision networks by three roads with the same terms and one result type.
 
     import anybit
     result = anybit.calibrate(model, inputs, budget="4bit")

@@ -1,5 +1,5 @@
-"""The command `anybit`, as `python -m anybit` too: Ctrl-C ends it with status 130 from the first import on, and a name or an output that
-the system does not take with one line and status 2."""
+"""The command `anybit`, also as `python -m anybit`: Ctrl-C exits with status 130 from the first import on; a name or an output that the
+system rejects exits with one line and status 2."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ import signal
 import sys
 
 NOT_TAKEN = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT)
-"""The system's errors for names that are too long and disks that are full: no code is to blame for them."""
+"""The system's errors for names that are too long and disks that are full, for which no code is to blame."""
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
         try:
             command()
         finally:
-            sys.stdout.flush()  # a full disk shows here at the latest
+            sys.stdout.flush()  # a full disk raises here at the latest
     except OSError as error:
         if not interrupted:
             _give_up(error)
@@ -44,7 +44,7 @@ def main() -> None:
 
 def _give_up(error: OSError) -> None:
     """Print what the system rejected, and exit; raise any other error."""
-    if error.errno == errno.EPIPE:  # a broken pipe: nobody reads a message
+    if error.errno == errno.EPIPE:  # a broken pipe: nobody would read a message
         _drop_output()
         sys.exit(1)
     if error.errno not in NOT_TAKEN:

@@ -1,7 +1,7 @@
-"""Budget: limits on what a scheme may cost or lose, and one object for each quantity that can be limited.
+"""Budget: limits on the costs or the loss of a scheme, and one object for each quantity that can be limited.
 
-A quantity knows its grammar (`4bit`, `120kB`, `12.5%`, `bops=2G`, `latency=3ms`, `loss=0.02`, `drop=1%`) and, where it is a cost, how it
-is counted of a scheme. Whatever reads, meets, checks or reports a budget looks the quantity up in `QUANTITIES`.
+A quantity knows its grammar (`4bit`, `120kB`, `12.5%`, `bops=2G`, `latency=3ms`, `loss=0.02`, `drop=1%`) and, if it is a cost, how to count
+it for a scheme. All code that reads, meets, checks or reports a budget looks the quantity up in `QUANTITIES`.
 """
 
 import difflib
@@ -23,8 +23,8 @@ Precisions = Mapping[str, Precision]
 
 
 class Costs(Protocol):
-    """The counts of a network that costs are made of. `networks.cost.CostModel` has them; written down here because budgets are read
-    before torch is imported."""
+    """The counts of a network from which costs are computed: the interface of `networks.cost.CostModel`, since budgets are read before
+    torch is imported."""
 
     @property
     def layers(self) -> Mapping[str, Any]: ...
@@ -43,10 +43,10 @@ class Costs(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Quantity:
-    """Something that a budget can limit, and the grammar of a limit: `prefix`, a number, and one of `units`.
+    """A quantity that a budget can limit, and the grammar of a limit: `prefix`, a number, and one of `units`.
 
-    units     suffix -> how much one is;   examples  limits as a user may write them
-    unit      the unit that `text` writes, to so many `digits`
+    units     suffix -> its size;   examples  limits as users may write them
+    unit      the unit that `text` writes, with this many `digits`
 
     Quantities are compared by identity: each is one object of `QUANTITIES`.
     """
@@ -59,13 +59,13 @@ class Quantity:
     examples: tuple[str, ...]
 
     def parse(self, text: str) -> float | None:
-        """Return the limit that `text` writes; None where it is not in this quantity's grammar."""
+        """Return the limit that `text` writes; None if it does not match this quantity's grammar."""
         match = re.fullmatch(f"{re.escape(self.prefix)}{_NUMBER}({'|'.join(map(re.escape, self.units))})", text)
-        # In decimals, as it is written: in binary 8444.8 times a million is a little less than 8,444,800,000.
+        # In decimal arithmetic: in binary, 8444.8 times a million is a little less than 8,444,800,000.
         return float(Decimal(match[1]) * Decimal(str(self.units[match[2]]))) if match else None
 
     def text(self, limit: float) -> str:
-        """Write a limit as `parse` reads it, rounded up."""
+        """Write a limit in the grammar of `parse`, rounded up."""
         number = Decimal(repr(float(limit))) / Decimal(str(self.units[self.unit]))
         steps = (number * 10**self.digits).to_integral_value(ROUND_CEILING)
         return f"{self.prefix}{steps.scaleb(-self.digits).normalize():f}{self.unit}"
@@ -73,26 +73,26 @@ class Quantity:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loss(Quantity):
-    """A limit on what quantization loses, which is measured and not counted; `chosen` says why a scheme is the best under it."""
+    """A limit on the loss from quantization, which is measured, not counted; `chosen` says why a scheme is the best under it."""
 
     chosen: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Cost(Quantity):
-    """A quantity that is counted of a scheme: a part of each layer and a fixed part, of which `scale` are one unit of a limit.
+    """A quantity that is counted for a scheme: a part per layer and a fixed part, in units of which `scale` make one unit of a limit.
 
     layer        part of one layer at a precision
     fixed        part that is the same for every choice
-    exact        a whole scheme's cost in units of a limit, where the sum of the parts is only a bound on it
-    known        whether the counts are there, of a cost that has to be measured first
-    most         the float network's cost, in units of a limit: a limit above it is refused, because it saves nothing
-    words        a scheme's cost in a sentence
-    key          its name among the amounts of a report, where that is another
+    exact        a whole scheme's cost in units of a limit, if the sum of the parts is only a bound on it
+    known        whether the counts exist, for a cost that has to be measured first
+    most         the float network's cost, in units of a limit: a limit above it is an error, because it saves nothing
+    words        writes a scheme's cost in a sentence
+    key          its name among the amounts of a report, if different
     counted_as   the cost of which this one is only another unit
-    stored_bits  bits of stored weights in one unit of a layer's part; 0 where it counts something else
-    recorded     where a report tells a layer's part: with each of its candidates, by its number of weights, or nowhere
-    remedy       what else helps where the smallest subnet of a supernet is above the limit
+    stored_bits  bits of stored weights in one unit of a layer's part; 0 if it counts something else
+    recorded     where a report states a layer's part: with each of its candidates, by its number of weights, or nowhere
+    remedy       advice if the smallest subnet of a supernet exceeds the limit
     """
 
     layer: Callable[[Costs, str, Precision], float]
@@ -110,12 +110,12 @@ class Cost(Quantity):
 
     @property
     def report_key(self) -> str:
-        """The name of its amount in a report."""
+        """Return the name of its amount in a report."""
         return self.key or self.name
 
     @property
     def counted(self) -> "Cost":
-        """The cost that a limit on this one is a limit on."""
+        """Return the cost that a limit on this one limits."""
         return self.counted_as or self
 
     def is_known(self, costs: Costs) -> bool:
@@ -227,12 +227,12 @@ QUANTITIES: dict[str, Quantity] = {one.name: one for one in (BITS, BYTES, PERCEN
 
 
 def cost_quantities() -> list[Cost]:
-    """Return the quantities that are counted of a scheme."""
+    """Return the quantities that are counted for a scheme."""
     return [one for one in QUANTITIES.values() if isinstance(one, Cost)]
 
 
 def own_costs() -> list[Cost]:
-    """Return the costs that need no measurement and are no other's in another unit: those that a front can be drawn over."""
+    """Return the costs that need no measurement and are not another's in another unit: the possible axes of a front."""
     return [one for one in cost_quantities() if one.counted is one and one.known is None]
 
 
@@ -246,19 +246,19 @@ class Condition:
 
 @dataclass(frozen=True)
 class Budget:
-    """Conditions that must all hold, and the text that wrote them."""
+    """Conditions that must all hold, and their original text."""
 
     text: str
     conditions: tuple[Condition, ...]
 
     @classmethod
     def parse(cls, text: "str | Budget") -> "Budget":
-        """Read a budget: "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ..."""
+        """Read a budget: "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ... Raises InvalidSetting if it cannot be read."""
         if isinstance(text, Budget):
             return text
         if not isinstance(text, str):
             near = f' Write "{text:g}bit" for bits per weight.' if isinstance(text, (int, float)) else ""
-            raise InvalidSetting(f"Budget {text!r} is no text with a unit.{near or f' Write {_examples()}.'}")
+            raise InvalidSetting(f"Budget {text!r} is not a text with a unit.{near or f' Write {_examples()}.'}")
         conditions = tuple(_parse_condition(part.strip()) for part in text.split(","))
         quantities = [condition.quantity for condition in conditions]
         if len(set(quantities)) < len(quantities):
@@ -273,12 +273,12 @@ class Budget:
         return next((condition.limit for condition in self.conditions if condition.quantity == quantity), None)
 
     def costs(self) -> list[tuple[Cost, float]]:
-        """Return the costs that are limited, each with its limit."""
+        """Return the limited costs, each with its limit."""
         found = ((QUANTITIES[condition.quantity], condition.limit) for condition in self.conditions)
         return [(quantity, limit) for quantity, limit in found if isinstance(quantity, Cost)]
 
     def loss(self) -> Loss | None:
-        """Return the limited loss, where there is one."""
+        """Return the limited loss, or None."""
         found = (QUANTITIES[condition.quantity] for condition in self.conditions)
         return next((quantity for quantity in found if isinstance(quantity, Loss)), None)
 
@@ -287,13 +287,13 @@ class Budget:
 
 
 def parse_budgets(budgets: "Iterable[str | Budget]", check: "Callable[[Budget], None]" = lambda budget: None) -> "tuple[Budget, ...]":
-    """Read several budgets, none of which `check` refuses. Raise InvalidSetting where one is named twice."""
+    """Read several budgets, each accepted by `check`. Raises InvalidSetting if one is named twice."""
     parsed = tuple(Budget.parse(one) for one in budgets)
     for one in parsed:
         check(one)
     twice = [text for text, count in Counter(map(str, parsed)).items() if count > 1]
     if twice:
-        raise InvalidSetting(f"Budget {twice[0]} is asked for twice. Name each budget once.")
+        raise InvalidSetting(f"Budget {twice[0]} is given twice. Name each budget once.")
     return parsed
 
 
@@ -313,7 +313,7 @@ def _examples() -> str:
 
 
 def _meant(part: str) -> str:
-    """Return a question after the budget that a text is nearest to."""
+    """Return a question with the nearest valid budget."""
     match = re.fullmatch(rf"\s*(\D*?)\s*{_NUMBER}\s*(\D*)", part)
     if match is None:
         return ""
@@ -323,15 +323,32 @@ def _meant(part: str) -> str:
 
 
 def check_counts_weights(budget: Budget) -> None:
-    """Raise InvalidSetting where the budget limits something else than stored weights."""
+    """Raise InvalidSetting if the budget limits anything but stored weights."""
     for condition in budget.conditions:
         quantity = QUANTITIES[condition.quantity]
         if not (isinstance(quantity, Cost) and quantity.stored_bits):
             raise InvalidSetting(f"grow counts weights: give a budget of bits or bytes, not {quantity.name} ({budget}).")
 
 
+def bits_above(budget: Budget, costs: Costs, scheme: Precisions) -> float:
+    """Return the stored bits a weight by which a scheme exceeds a budget of weights; below zero, what it has in hand."""
+    over = []
+    for cost, limit in budget.costs():
+        bits = cost.scale(costs) * cost.stored_bits  # of the file, in one unit of the limit
+        over.append((cost.total(costs, scheme) - limit) * bits / _weights(costs))
+    return max(over)
+
+
+def check_within(budget: Budget, costs: Costs, largest: Precisions, whose: str, remedy: str) -> None:
+    """Raise InvalidSetting where a limit is above what the largest scheme needs; `whose` and `remedy` say so in the method's words."""
+    for quantity, limit in budget.costs():
+        most = quantity.total(costs, largest)
+        if limit > most:
+            raise InvalidSetting(f"A budget of {limit:g} {quantity.name} is above what {whose}, {most:g}. Lower the budget, or {remedy}.")
+
+
 def check_is_counted(budget: Budget) -> None:
-    """Raise InvalidSetting where the budget limits a loss, which is measured."""
+    """Raise InvalidSetting if the budget limits a loss, which must be measured."""
     loss = budget.loss()
     if loss is not None:
         *names, last = (cost.name for cost in cost_quantities())
@@ -347,22 +364,22 @@ def parse_size(text: str) -> int:
 
 
 def size_text(size: int) -> str:
-    """Write a number of bytes as `parse_size` reads it: in the largest binary unit that divides it."""
+    """Write a number of bytes in the grammar of `parse_size`: in the largest binary unit that divides it."""
     unit = next(unit for unit in ("GiB", "MiB", "KiB", "B") if size % BYTES.units[unit] == 0)
     return f"{size // int(BYTES.units[unit])}{unit}"
 
 
 SIZE = Text(parse_size, size_text, "500MB or 2GiB")
 BUDGETS = Text(lambda texts: tuple(map(str, parse_budgets(texts))), list)
-"""Of an option that may be given several times."""
+"""Text of an option that may be given several times."""
 
 
 COUNTED = Text(lambda texts: tuple(map(str, parse_budgets(texts, check_is_counted))), list)
-"""The same, where a loss is none."""
+"""The same, without losses."""
 
 
 def budget_text(check: Callable[[Budget], None]) -> Text:
-    """Return how a budget is written that `check` does not refuse."""
+    """Return the text of budgets that `check` accepts."""
 
     def parse(text: str) -> str:
         check(Budget.parse(text))

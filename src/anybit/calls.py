@@ -1,4 +1,4 @@
-"""Public functions called from Python: an unknown keyword or a number out of range is rejected with the corrected call."""
+"""Public functions called from Python: an unknown keyword or a number out of range raises an error with the corrected call."""
 
 import difflib
 import functools
@@ -15,7 +15,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 BYTES = 2**60
-"""Bytes beyond which no limit of memory is meant."""
+"""No limit of memory can sensibly exceed this many bytes."""
 
 
 @documented
@@ -27,7 +27,7 @@ class Amounts(Settings):
     threads: int | None = option(None, "Processor threads (default: PyTorch's choice).", least=1, most=1024, panel="Runtime")
     batch_size: int | None = option(None, "Inputs per forward pass (default: as in the run).", least=1)
     samples: int | None = option(None, "Number of inputs to run, from the first (default: all).", least=1)
-    rounds: int = option(20, "Rounds of what is timed, about 0.05 s each.", least=1, most=10**6)
+    rounds: int = option(20, "Rounds of timing, about 0.05 s each.", least=1, most=10**6)
     memory: int | None = option(None, "Memory for activations (default: as in the run).", least=0, most=BYTES)
     outputs: Mapping[str, float] | None = option(None, "Outputs to compare, name -> weight (default: as in the run).", above=0)
 
@@ -36,8 +36,8 @@ AMOUNTS = options_of(Amounts)
 
 
 def public(function: Function) -> Function:
-    """Decorates a public function: raises InvalidSetting with the corrected call where arguments are not those of its signature.
-    Its errors name keywords, not flags."""
+    """Decorate a public function: raise InvalidSetting with the corrected call if arguments do not match its signature. Its errors name
+    keywords, not flags."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -66,7 +66,7 @@ def check_call(name: str, signature: inspect.Signature, arguments: tuple[Any, ..
         signature.bind(*arguments, **keywords)
     except TypeError as error:
         needed = [one.name for one in signature.parameters.values() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
-        raise InvalidSetting(f"{name}: {error}. Call {name}({', '.join(needed)}, ...), and name what follows.") from None
+        raise InvalidSetting(f"{name}: {error}. Call {name}({', '.join(needed)}, ...), with further arguments by keyword.") from None
 
 
 def check_takes_two(metric: Any) -> None:
@@ -85,5 +85,5 @@ def check_takes_two(metric: Any) -> None:
     except TypeError as error:
         raise InvalidSetting(
             f"The metric {name}{signature} cannot be called as {name}(outputs, labels): {error}. Give --metric a function of two tensors "
-            "that returns a number, higher being better."
+            "that returns a number, the higher the better."
         ) from None

@@ -1,4 +1,4 @@
-"""The machine and the versions that a run is recorded with, and the clock of its stages."""
+"""The machine and versions recorded with a run, and the clock of its stages."""
 
 import ctypes
 import hashlib
@@ -32,13 +32,14 @@ def code_version() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Describe what else the last bits of a result depend on: PyTorch, its threads, the processor's features, and the device."""
+    """Describe everything else on which the last bits of a result depend: PyTorch, its threads, the processor's features, and the
+    device."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(), "device": kind}
 
 
 def own_folder(variable: str, default: str) -> Path | None:
-    """Return anybit's folder in the one of the user's that `variable` names, or in `default` of the home folder; None without a home."""
+    """Return anybit's folder in the user folder that `variable` names, or in `default` of the home folder; None without a home."""
     if named := os.environ.get(variable):
         return Path(named) / "anybit"
     try:
@@ -65,7 +66,7 @@ class StageClock:
 
 
 def _reset_peak() -> None:
-    """Reset the high-water mark that Linux keeps; elsewhere the peak is that of the process so far."""
+    """Reset the high-water mark on Linux; elsewhere the peak is that of the process so far."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -81,13 +82,8 @@ def peak_memory() -> int:
 
 
 def environment(*more: str) -> dict[str, Any]:
-    """Describe the machine and the versions of packages, `more` included, so that a number can be judged later."""
-    packages: dict[str, str | None] = {}
-    for name in ("anybit", "torch", "numpy", "scipy", "safetensors", *more):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
+    """Describe the machine and the versions of packages, including `more`, so that numbers can be interpreted later."""
+    packages = {name: _version(name) for name in ("anybit", "torch", "numpy", "scipy", "safetensors", *more)}
     return {
         "python": platform.python_version(),
         "packages": packages,
@@ -100,6 +96,16 @@ def environment(*more: str) -> dict[str, Any]:
     }
 
 
+@cache
+def _version(package: str) -> str | None:
+    """Return the version of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
 def processor() -> str:
     """Return the processor's name."""
     try:
@@ -114,9 +120,9 @@ _silent, _silenced = Lock(), 0
 
 @contextmanager
 def without_c_output() -> Iterator[None]:
-    """Silence what compiled code prints through C's `stdout`, in all threads. Python's own output does not pass there and is left alone.
+    """Silence the output of compiled code through C's `stdout`, in all threads. Python's own output is not affected.
 
-    HiGHS prints notes on some problems, whatever it is told; stdout is for results. Where C's library is another than glibc, it prints.
+    HiGHS prints notes on some problems regardless of its options, but stdout is for results. Without glibc, it still prints.
     """
     pointer, null = _c_stdout()
     if pointer is None:
@@ -138,7 +144,7 @@ def without_c_output() -> Iterator[None]:
 
 @cache
 def _c_stdout() -> tuple[Any, Any]:
-    """(where C keeps its `stdout`, a file that swallows everything), or None twice."""
+    """Return (the location of C's `stdout`, a file that discards everything), or (None, None)."""
     if platform.libc_ver()[0] != "glibc":
         return None, None
     library = ctypes.CDLL(None)

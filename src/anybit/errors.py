@@ -1,8 +1,8 @@
 """Every error that anybit raises on purpose.
 
     AnybitError (a ValueError)
-    |-- InvalidSetting     a precision, budget, bit-width or option that cannot be
-    |-- InvalidInput       data: empty, of a shape the model refuses, not finite
+    |-- InvalidSetting     a precision, budget, bit-width or option with an invalid value
+    |-- InvalidInput       data: empty, of a shape that the model rejects, not finite
     |-- InvalidFile        a run folder, weights or scheme file that cannot be trusted
     |-- UnsupportedModel   a network, or a part of one, that anybit does not cover
     |-- SchemeMismatch     a scheme or weights made for another model
@@ -17,15 +17,15 @@ from contextlib import contextmanager
 
 
 class AnybitError(ValueError):
-    """Root of all errors that anybit raises on purpose."""
+    """Base of all errors that anybit raises on purpose."""
 
 
 class InvalidSetting(AnybitError):
-    """A precision, budget, bit-width or option that cannot be."""
+    """A precision, budget, bit-width or option with an invalid value."""
 
 
 class InvalidInput(AnybitError):
-    """Data that is empty, of a shape the model refuses, or not finite."""
+    """Data that is empty, of a shape that the model rejects, or not finite."""
 
 
 class InvalidFile(AnybitError):
@@ -50,7 +50,7 @@ class MissingPackage(AnybitError):
 
 @contextmanager
 def naming(option: str) -> Iterator[None]:
-    """Put the option in front of the message of an error inside the block."""
+    """Put the option in front of the message of an error raised inside the block."""
     try:
         yield
     except AnybitError as error:
@@ -58,7 +58,7 @@ def naming(option: str) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Escape terminal control characters: a name may come from a foreign file."""
+    """Escape terminal control characters, since a name may come from a foreign file."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 

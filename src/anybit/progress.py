@@ -1,8 +1,8 @@
-"""Progress and events of long work, sent to whoever listens. The command line and notebooks show them; the library is silent.
+"""Progress and events of long work, sent to listeners. The command line and notebooks show them; the library itself prints nothing.
 
-Progress is a `Moment`: the stage at work, its share of the whole, how far the whole is, the time left. A workflow says what its stages are
-expected to take (`plan`), in seconds as far as it knows; what the finished ones took corrects what is left. Events are records of the
-standard logger "anybit" at level INFO: the message is the event's name, `record.fields` what was measured.
+Progress is a `Moment`: the current stage, its share of the whole, the total progress, and the time left. A workflow announces its stages
+with their expected seconds (`plan`), as far as it knows them; the measured times of finished stages correct the rest. Events are records of
+the standard logger "anybit" at level INFO: the message is the event's name, `record.fields` holds the measurements.
 """
 
 import logging
@@ -20,14 +20,14 @@ Item = TypeVar("Item")
 class Moment:
     """A moment of long work.
 
-    stage   the name of the stage at work; `begins` at its first moment
+    stage   the name of the current stage; `begins` at its first moment
     place   its number and the number of stages; 0 of 0 without a plan
     share   its expected share of the whole, 0..1
-    whole   how far the whole is, 0..1; never falls
-    item    what of the stage is at work, such as a layer; done, total: of its items
-    left    seconds that are left, as far as is known
+    whole   total progress, 0..1; never falls
+    item    the current item of the stage, such as a layer; done, total: of its items
+    left    seconds left, or None if unknown
     best    the best result so far, in words
-    reused  whether some of the stage was taken up from an earlier run
+    reused  whether some of the stage was reused from an earlier run
     """
 
     stage: str
@@ -45,17 +45,17 @@ class Moment:
 
 Listener = Callable[[Moment], None]
 EventListener = Callable[[str, Mapping[str, Any]], Any]
-"""Called with (event, fields) as it happens; docs/command-line.md lists them."""
+"""Called with (event, fields) immediately; docs/command-line.md lists them."""
 EVENTS = logging.getLogger("anybit")
 DOUBT = 0.05
-"""Share of the whole for which the expectation is believed before measured times count."""
+"""Share of the whole for which the expectation is used before measured times count."""
 
 SEEN = 0.1
-"""Share of a stage's items after which their own pace counts."""
+"""Share of a stage's items after which their measured pace counts."""
 
 
 class Meter:
-    """Where long work is: the planned stages, the one at work, and what the finished ones took."""
+    """Track long work: the planned stages, the current one, and the measured times of finished ones."""
 
     def __init__(self, listener: Listener, clock: Callable[[], float] = time.monotonic):
         self._listener, self._clock = listener, clock
@@ -63,19 +63,19 @@ class Meter:
         self._at = 0
         self._stage = ""
         self._since = clock()
-        self._spent = self._expected = 0.0  # seconds of finished stages, and those that were expected of what they computed
+        self._spent = self._expected = 0.0  # measured and expected seconds of finished stages
         self._item, self._done, self._total, self._inside, self._reused = "", 0, 0, 0.0, 0.0
         self._whole, self._best, self._measured = 0.0, "", False
 
     def plan(self, stages: Sequence[tuple[str, float]], measured: bool) -> None:
-        """Expect these seconds of all stages, in order; not `measured`: in proportion alone. Stages begun keep their place."""
+        """Expect these seconds for all stages, in order; only their proportions if not `measured`. Stages that began keep their place."""
         self._plan, self._measured = [(name, max(seconds, 1e-6)) for name, seconds in stages], measured
         self._at = min(self._at, len(self._plan) - 1)
         self._spent = self._expected = 0.0 if measured else self._spent
         self._tell()
 
     def enter(self, stage: str) -> None:
-        """Begin a stage: the next one of this name in the plan, which finishes all before it."""
+        """Begin a stage: the next one with this name in the plan, which finishes all earlier ones."""
         if stage == self._stage:
             return
         self._leave()
@@ -86,17 +86,17 @@ class Meter:
         self._tell(begins=True)
 
     def count(self, done: int, total: int, item: str = "") -> None:
-        """Say how many items of the stage are done, and which is at work."""
+        """Report how many items of the stage are done, and which is the current one."""
         self._done, self._total, self._item, self._inside = done, total, item, 0.0
         self._tell()
 
     def inside(self, part: float) -> None:
-        """Say how far the item at work is, 0..1."""
+        """Report the progress of the current item, 0..1."""
         self._inside = part
         self._tell()
 
     def reuse(self) -> None:
-        """Say that a result was taken up: its time tells nothing of the others'."""
+        """Report that a result was reused, so that its time is no measure for the others'."""
         self._reused += 1 / max(self._total, 1)
         self._tell()
 
@@ -115,7 +115,7 @@ class Meter:
         self._since = now
 
     def _left(self) -> float | None:
-        """Return the seconds that are expected to be left: of this stage, from its own items where some are done, and of those after it."""
+        """Return the expected seconds left: of this stage, from its finished items if there are any, and of later stages."""
         if not self._plan or not self._measured:
             return None
         spent, expected, doubt = self._spent, self._expected, DOUBT * sum(seconds for _, seconds in self._plan)
@@ -144,7 +144,7 @@ _meter: ContextVar[Meter | None] = ContextVar("meter", default=None)
 
 
 def plan(stages: Sequence[tuple[str, float]], measured: bool = True) -> None:
-    """Expect (stage, seconds) of the work, in order; not `measured`: seconds in proportion alone, from which no time left follows."""
+    """Expect (stage, seconds) of the work, in order; if not `measured`, only in proportion, without a time left."""
     if meter := _meter.get():
         meter.plan(stages, measured)
 
@@ -156,7 +156,7 @@ def enter(stage: str) -> None:
 
 
 def inside(done: int, total: int) -> None:
-    """Say how far the item at work is."""
+    """Report the progress of the current item."""
     if meter := _meter.get():
         meter.inside(done / total)
 
@@ -187,7 +187,7 @@ def tell(event: str, /, **fields: Any) -> None:
 
 
 def _read(meter: Meter, event: str, fields: Mapping[str, Any]) -> None:
-    """Take what an event says of progress."""
+    """Update the meter from an event."""
     if event == "stage begins":
         meter.enter(fields["stage"])
     elif event == "recalled":
@@ -199,7 +199,7 @@ def _read(meter: Meter, event: str, fields: Mapping[str, Any]) -> None:
 
 
 class EventHandler(logging.Handler):
-    """Pass each event to a function, whose errors are raised where the event is reported."""
+    """Pass each event to a function, whose errors are raised at the place that reports the event."""
 
     def __init__(self, listener: EventListener):
         super().__init__()

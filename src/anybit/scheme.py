@@ -2,11 +2,11 @@
 
     Precision    W4A8 | W4 (activations float) | A8 (an operation without weights) | W0 (pruned: no codes) | float
 
-What is counted:
+Quantities:
 
-    bits    the mean number of stored weight bits over the weights of all quantized layers, kept ones included
-            (a layer kept float counts 32, a pruned layer 0); scales, biases and headers are not in it
-    bytes   of model.safetensors, all in; a percentage is of the float32 weights' file
+    bits    the mean number of stored weight bits over the weights of all quantized layers, including kept ones
+            (a layer kept float counts 32, a pruned layer 0); scales, biases and headers are excluded
+    bytes   of model.safetensors in total; a percentage is of the float32 weights' file
     BOPs    multiply-accumulates of one sample times weight bits times activation bits (float counts 32)
 """
 
@@ -27,7 +27,7 @@ FLOAT_BITS = 32
 
 
 def check_positive(value: float, what: str) -> float:
-    """Return `value`. Raise InvalidSetting unless it is a finite number above zero."""
+    """Return `value`. Raises InvalidSetting unless it is a finite number above zero."""
     if not 0 < value < math.inf:
         raise InvalidSetting(f"{what} {value} must be a finite number above zero.")
     return value
@@ -63,7 +63,7 @@ class Precision:
 
     @property
     def stored_weight_bits(self) -> int:
-        """Bits that each weight counts for in a budget: 32 where it stays float."""
+        """Return the bits that each weight counts in a budget: 32 if it stays float."""
         return FLOAT_BITS if self.weight_bits is None else self.weight_bits
 
 
@@ -104,7 +104,7 @@ class Scheme(Mapping[str, Precision]):
         return Scheme({**self.layers, **changes})
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Raise SchemeMismatch, with near matches, where a name is not one of this scheme's layers."""
+        """Raise SchemeMismatch, with near matches, if a name is not one of this scheme's layers."""
         check_names(names, self.layers, "The model")
 
     def __str__(self) -> str:
@@ -138,7 +138,7 @@ def check_names(names: Iterable[str], known: Iterable[str], who: str) -> None:
 
 
 def parsed_keep(keep: Mapping[str, Precision | str]) -> dict[str, Precision]:
-    """Parse the precisions of shell patterns on layer names, where they are text."""
+    """Parse the precisions of shell patterns on layer names if they are text."""
     return {pattern: Precision.parse(p) if isinstance(p, str) else p for pattern, p in keep.items()}
 
 
@@ -159,7 +159,7 @@ def parse_bits(text: str) -> tuple[int | None, ...]:
 
 
 def bits_text(bits: Iterable[int | None]) -> str:
-    """Write bit-widths as `parse_bits` reads them."""
+    """Write bit-widths in the form that `parse_bits` reads."""
     return ",".join("float" if one is None else str(one) for one in bits)
 
 
@@ -169,7 +169,7 @@ BITS = Text(parse_bits, bits_text, "bit-widths with commas: 2,3,4,6,8")
 
 
 def match_patterns(patterns: Mapping[str, Precision], names: Iterable[str]) -> dict[str, Precision]:
-    """Return layer name -> precision for shell `patterns` on whole names. A later pattern wins; raise InvalidSetting if one matches
+    """Return layer name -> precision for shell `patterns` on whole names. A later pattern wins. Raises InvalidSetting if one matches
     nothing."""
     names = list(names)
     kept: dict[str, Precision] = {}
@@ -184,7 +184,7 @@ def match_patterns(patterns: Mapping[str, Precision], names: Iterable[str]) -> d
 
 
 def check_choices(scheme: Mapping[str, Precision], choices: Mapping[str, Sequence[Precision]]) -> None:
-    """Raise SchemeMismatch where the scheme names an unknown layer, or a precision that was not trained."""
+    """Raise SchemeMismatch if the scheme names an unknown layer, or a precision that was not trained."""
     Scheme({name: options[0] for name, options in choices.items()}).check_names(scheme)
     for name, precision in scheme.items():
         if precision not in choices[name]:
@@ -193,8 +193,8 @@ def check_choices(scheme: Mapping[str, Precision], choices: Mapping[str, Sequenc
 
 
 def check_whole(scheme: Scheme, choices: Mapping[str, Sequence[Precision]]) -> None:
-    """Raise SchemeMismatch where the scheme leaves a layer out, names another, or has a precision that was not trained."""
+    """Raise SchemeMismatch if the scheme omits a layer, names an unknown one, or has a precision that was not trained."""
     check_choices(scheme, choices)
     lacking = [name for name in choices if name not in scheme]
     if lacking:
-        raise SchemeMismatch(f"The scheme names {len(scheme)} of {len(choices)} layers; {lacking[0]!r} is lacking. Name every layer.")
+        raise SchemeMismatch(f"The scheme names {len(scheme)} of {len(choices)} layers; {lacking[0]!r} is missing. Name every layer.")

@@ -1,12 +1,12 @@
-"""Settings: frozen dataclasses whose fields describe themselves, the one place where an option is described.
+"""Settings: frozen dataclasses whose fields describe themselves, the only place that describes an option.
 
     @documented
     @dataclass(frozen=True)
     class TrainSettings(Settings):
         epochs: int = option(10, "Passes over the training data.", least=1)
 
-From a field come the check of its value, the option on the command line and its --help, the documentation of the functions that take it,
-the record in a run's report and the reading of that record. Imports no torch: `anybit --help` is to be instant.
+A field determines the check of its value, the option on the command line and its --help, the documentation of functions that take it, the
+record in a run's report, and the reading of that record. Imports no torch, so that `anybit --help` is instant.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ from anybit.wording import as_in_python
 
 Value = TypeVar("Value")
 INTEGERS = 2**63
-"""Integers are below this, either way: JSON readers share no larger ones."""
+"""Integers are below this in magnitude: JSON readers support no larger ones."""
 LARGEST = 10**9
-"""The largest number of an option that does not say another: more inputs, steps or epochs than any machine gets through, and a factor
-beyond which float32 loses the rest."""
+"""Default upper limit of a number: more inputs, steps or epochs than any machine processes, and a factor beyond which float32 loses the
+rest."""
 BOUNDS = (
     ("least", operator.ge, "at least"),
     ("above", operator.gt, "above"),
@@ -40,12 +40,12 @@ BOUNDS = (
     ("below", operator.lt, "below"),
 )
 PANELS = ("Input", "Budget", "Method", "Runtime", "Output")
-"""Of --help, in order."""
+"""Panels of --help, in order."""
 NOUNS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", Path: "a path"}
 
 
 class Text(NamedTuple):
-    """How a value is written where it is no plain number, word or switch; `parse` raises ValueError where a text is none."""
+    """How a value other than a number, word or switch is written; `parse` raises ValueError for an invalid text."""
 
     parse: Callable[[Any], Any]
     write: Callable[[Any], Any] = str
@@ -65,15 +65,15 @@ class Option:
     """One option.
 
     least, above, most, below  the range of a number, of each number in a list and of each value of a mapping
-    why           said of a value outside of it
+    why           reason given for a value outside of it
     text          how it is written on the command line
-    flag          its name there, where that is another; `inverted` where the flag says the opposite
+    flag          its name there, if different; `inverted` if the flag means the opposite
     switch        a flag without its --no-
     repeat        given once for each item
     positional    an argument
-    command_line  False: it is left to Python and --config
-    ready         raises where what the value names is not there: called before any work
-    panel         of --help, one of PANELS; `rare`: left to --help-all
+    command_line  False: only for Python and --config
+    ready         raises if the value names something that does not exist: called before any work
+    panel         of --help, one of PANELS; `rare`: shown only by --help-all
     """
 
     name: str
@@ -99,19 +99,19 @@ class Option:
 
     @property
     def written(self) -> str:
-        """Its name on the command line."""
+        """Return its name on the command line."""
         return self.name.upper() if self.positional else self.flag or f"--{self.name.replace('_', '-')}"
 
     @property
     def metavar(self) -> str:
-        """Its placeholder in --help: the choices, N for a number, else its name; nothing for a switch."""
+        """Return its placeholder in --help: the choices, N for a number, else its name; nothing for a switch."""
         if self.choices or self.kind is bool or bool in typing.get_args(self.kind):
             return "|".join(self.choices)
         return "N" if self.text is None and _number(self.kind) else self.name.rpartition("_")[2].upper()
 
     @property
     def range(self) -> str:
-        """The range of a number, in words."""
+        """Return the range of a number, in words."""
         if self.least is not None and self.most is not None and _number(self.kind) is int:
             return f"{self.least}..{self.most}"
         if self.least is not None and self.most is not None:
@@ -120,13 +120,13 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """The allowed values and the default, in brackets."""
+        """Return the allowed values and the default, in brackets."""
         allowed = ", ".join(self.choices) or self.range
         default = "" if self.default_text in (None, "") else f"default: {self.default_text}"
         return f"({'; '.join(filter(None, (allowed, default)))})" if allowed or default else ""
 
     def checked(self, value: Any, name: str | None = None) -> Any:
-        """`value` as this option's type. Raises InvalidSetting that says the option (or `name`), the value and what is allowed."""
+        """Return `value` as this option's type. Raises InvalidSetting with the option (or `name`), the value and the allowed values."""
         try:
             return self._typed(self.kind, value)
         except AnybitError as error:
@@ -135,7 +135,7 @@ class Option:
             raise InvalidSetting(f"{name or self.name} {error}{self._meant(value)}") from error
 
     def _meant(self, value: Any) -> str:
-        """Return the value that one of another type was meant as, as Python writes it, where that may be."""
+        """Return, as Python writes it, the valid value that a value of another type probably stands for; "" if there is none."""
         for form in self._forms(value):
             try:
                 self._typed(self.kind, form)
@@ -158,7 +158,7 @@ class Option:
         return []
 
     def check_ready(self, value: Any) -> None:
-        """Raise where what the value names is not there, naming the option as it is written on the command line."""
+        """Raise if the value names something that does not exist, naming the option as written on the command line."""
         if self.ready is not None and value is not None:
             with naming(self.written):
                 self.ready(value)
@@ -179,7 +179,7 @@ class Option:
             return value
         if isinstance(value, str) and kind is Path:
             return Path(value)
-        if isinstance(value, str) and hasattr(kind, "parse"):  # as JSON holds it
+        if isinstance(value, str) and hasattr(kind, "parse"):  # as in JSON
             return kind.parse(value)
         raise ValueError(self._refusal(value))
 
@@ -194,7 +194,7 @@ class Option:
         raise ValueError(self._refusal(value))
 
     def _key(self, kind: Any, key: Any) -> Any:
-        if kind is int and isinstance(key, str) and key.isascii() and key.isdigit():  # JSON's keys are texts
+        if kind is int and isinstance(key, str) and key.isascii() and key.isdigit():  # JSON's keys are strings
             return int(key)
         if not isinstance(key, kind):
             raise ValueError(self._refusal(key))
@@ -209,7 +209,7 @@ class Option:
         return f"{_shown(value)} {demand}{self.why and ': '}{self.why}."
 
     def from_text(self, text: Any, name: str) -> Any:
-        """Return the value of what was written on the command line; `name` is what the user called it."""
+        """Return the value of a text from the command line; `name` is how the user wrote the option."""
         if self.text is None:
             return not text if self.inverted else text
         try:
@@ -223,7 +223,7 @@ class Option:
 
     @property
     def default_text(self) -> Any:
-        """Its default as it would be written on the command line."""
+        """Return its default as written on the command line."""
         if self.default is None or self.default is MISSING:
             return None
         if self.text:
@@ -248,7 +248,7 @@ def _noun(kind: Any) -> str:
 
 
 def _number(kind: Any) -> Any:
-    """Return the type of the numbers in a type, where there are any."""
+    """Return the type of the numbers in a type, if there are any."""
     inner = [_number(one) for one in reversed(typing.get_args(kind))]
     return next(filter(None, inner), None) if inner else kind if kind in (int, float) else None
 
@@ -268,18 +268,18 @@ def _listed(names: Collection[str]) -> str:
 
 
 def option(default: Value | Callable[[], Value], doc: str, **description: Any) -> Value:
-    """Return a field of a dataclass, or a parameter of a command, described as `Option` has it. A default that is a class is called."""
+    """Return a field of a dataclass, or a parameter of a command, described by `Option`'s fields. A default that is a class is called."""
     of_field: Any = {"default_factory" if isinstance(default, type) else "default": default}
     return typing.cast(Value, dataclasses.field(**of_field, metadata={"doc": doc, **description}))
 
 
 def argument(doc: str, default: Any = ..., **description: Any) -> Any:
-    """Return a positional parameter of a command; it must be given where it has no default."""
+    """Return a positional parameter of a command, required if it has no default."""
     return option(default, doc, **{"positional": True, **description})
 
 
 def same_as(kind: "type[Settings]", name: str, **changes: Any) -> Any:
-    """Return the field `name` of another class, described as there but for `changes`."""
+    """Return the field `name` of another class, with the same description except for `changes`."""
     source = next(one for one in dataclasses.fields(kind) if one.name == name)
     default = source.default if source.default_factory is MISSING else source.default_factory
     default, doc = changes.pop("default", default), changes.pop("doc", source.metadata["doc"])
@@ -287,7 +287,7 @@ def same_as(kind: "type[Settings]", name: str, **changes: Any) -> Any:
 
 
 def described(name: str, kind: Any, one: dataclasses.Field, **common: Any) -> Option:
-    """Return the option that a field is; `common` describes it where its own metadata do not."""
+    """Return a field as an option; `common` describes what its own metadata does not."""
     default = one.default if one.default_factory is MISSING else one.default_factory()
     default = MISSING if default is ... else default
     description = {**common, **one.metadata}
@@ -300,7 +300,7 @@ def described(name: str, kind: Any, one: dataclasses.Field, **common: Any) -> Op
 
 
 def options_of(*kinds: "type[Settings]") -> dict[str, Option]:
-    """name -> option, of all fields of these classes and of the settings within them. Of two of one name the first counts."""
+    """Return name -> option for all fields of these classes and of the settings within them. Of equal names the first counts."""
     options: dict[str, Option] = {}
     for kind in kinds:
         for name, one in [*_own(kind).items(), *options_of(*inner_settings(kind).values()).items()]:
@@ -317,7 +317,7 @@ def _is_settings(kind: Any) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of all settings: checked when they are made, to JSON and back. `common` describes each option that does not say otherwise."""
+    """Base of all settings: checked on creation, converted to JSON and back. `common` describes each option that does not override it."""
 
     common: ClassVar[Mapping[str, Any]] = {}
 
@@ -328,11 +328,11 @@ class Settings:
             self.check()
 
     def check(self) -> None:
-        """Raise InvalidSetting where values that may be do not go together."""
+        """Raise InvalidSetting for valid values that contradict each other."""
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
-        """From one flat set of names, each a field of this class or of the settings within it."""
+        """Create settings from one flat set of names, each a field of this class or of the settings within it."""
         check_known(settings, options_of(cls))
         parts = {}
         for name, kind in inner_settings(cls).items():
@@ -341,47 +341,47 @@ class Settings:
         return cls(**parts, **{name: value for name, value in settings.items() if name in _own(cls)})
 
     def flat(self) -> dict[str, Any]:
-        """Return all settings under their own names, as `of` takes them."""
+        """Return all settings under their own names, as accepted by `of`."""
         values = {name: getattr(self, name) for name in _own(type(self))}
         for value in vars(self).values():
             values = {**(value.flat() if isinstance(value, Settings) else {}), **values}
         return values
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON holds them."""
+        """Return the settings as JSON values."""
         return {one.name: _plain(getattr(self, one.name)) for one in dataclasses.fields(self)}
 
     @classmethod
     def recorded(cls, report: Mapping[str, Any]) -> Any:
-        """Return the settings in a run's report.json, in the form in which they can be given again."""
+        """Return the settings in a run's report.json, in a form that can be passed again."""
         return report.get("settings")
 
     @classmethod
     def from_json(cls, data: Any, where: str = "settings") -> Self:
-        """Return the settings that `to_json` wrote; what is left out has its default.
+        """Return the settings that `to_json` wrote; omitted ones have their default.
 
-        Raise InvalidFile, naming `where`, for any other type, value or name.
+        Raises InvalidFile, naming `where`, for any other type, value or name.
         """
         if not isinstance(data, dict):
-            raise InvalidFile(f"{where} is a {type(data).__name__}, not a JSON object. Restore it or make it again.")
+            raise InvalidFile(f"{where} is a {type(data).__name__}, not a JSON object. Restore or recreate it.")
         inner = inner_settings(cls)
         unknown = next((key for key in data if key not in inner and key not in _own(cls)), None)
         if unknown is not None:
-            raise InvalidFile(f"{where}: {reprlib.repr(unknown)} is unknown: written by a newer anybit (upgrade), or edited.")
+            raise InvalidFile(f"{where}: {reprlib.repr(unknown)} is unknown: written by a newer anybit (upgrade) or edited.")
         parts = {key: inner[key].from_json(value, f"{where}: {key}") for key, value in data.items() if key in inner}
         try:
             return cls(**{**data, **parts})
         except InvalidSetting as error:
-            raise InvalidFile(f"{where}: {' '.join(str(error).split())[:300]} Restore it or make it again.") from error
+            raise InvalidFile(f"{where}: {' '.join(str(error).split())[:300]} Restore or recreate it.") from error
 
 
 def _own(kind: "type[Settings]") -> dict[str, Option]:
-    """name -> option, of a class's own fields."""
+    """Return name -> option for a class's own fields."""
     return {one.name: described(one.name, one.type, one, **kind.common) for one in dataclasses.fields(kind) if not _is_settings(one.type)}
 
 
 def inner_settings(kind: "type[Settings]") -> "dict[str, type[Settings]]":
-    """name -> class, of the settings within a class."""
+    """Return name -> class for the settings within a class."""
     return {one.name: typing.cast(Any, one.type) for one in dataclasses.fields(kind) if _is_settings(one.type)}
 
 
@@ -396,7 +396,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_known(names: Iterable[str], known: Collection[str], where: str = "") -> None:
-    """Raise InvalidSetting for the first name that is not known, with the nearest that is; `where` says where it stands."""
+    """Raise InvalidSetting for the first unknown name, with its nearest match; `where` begins the message."""
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, list(known), n=1)
@@ -407,13 +407,14 @@ def check_known(names: Iterable[str], known: Collection[str], where: str = "") -
 
 
 def documented(kind: type[Value]) -> type[Value]:
-    """Put the description of each option below the class's docstring."""
+    """Append the description of each option to the class's docstring."""
     kind.__doc__ = f"{inspect.cleandoc(kind.__doc__ or '')}\n\n{_table(_own(typing.cast(Any, kind)))}"
     return kind
 
 
 def takes(*kinds: type[Settings], only: Collection[str] | None = None) -> Callable[[Value], Value]:
-    """Decorates a function that takes options of these classes (`only` some) as `**settings`: they join its signature and its docstring."""
+    """Decorate a function that takes options of these classes (only some, with `only`) as `**settings`: add them to signature and
+    docstring."""
 
     def decorate(function: Any) -> Any:
         options = {name: one for name, one in options_of(*kinds).items() if only is None or name in only}

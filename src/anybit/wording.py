@@ -1,4 +1,4 @@
-"""Messages in the words of whoever reads them: they name options as the command line does, and from Python they name its keywords.
+"""Messages in the reader's terms: flags on the command line, keywords in Python.
 
 Keep it float: --keep 'head=float'.      Keep it float: keep={'head': 'float'}.
 Choose another --output.                 Choose another folder=.
@@ -12,20 +12,20 @@ from contextvars import ContextVar
 from anybit.errors import AnybitError
 
 OTHERWISE = {"train": "data", "output": "folder", "block": "blocks"}
-"""Flag -> the keyword in Python, where that is another."""
+"""Flag -> the keyword in Python, if different."""
 MAPPINGS = ("keep", "outputs")
 """Keywords whose value is a dictionary: NAME=VALUE."""
 SWITCHES = ("overwrite", "polish", "tables", "weight_only", "half", "prune", "from_scratch", "tune_scales", "pack_embeddings")
 PREPROCESSING = ("mean", "std", "size", "resize", "interpolation", "classes", "columns", "length", "stride")
 """Keywords of Preprocessing, which functions take as a whole."""
-ALWAYS_VALUED = ("device",)
-WORDS = ("random", "light", "csq", "lsq")
+ALWAYS_VALUED = ("device", "method")
+WORDS = ("random", "light")
 """Values that look like words of a sentence."""
 
 _FLAG = re.compile(r"(?<![\w-])--([a-z][a-z-]*[a-z])(?: ('(?:[^'\\]|\\.)*'|[\w./:,%=*\[\]{}<>-]*[\w%*\]])(?!\w))?")
 """A flag, and the word after it."""
 _VALUE = re.compile(rf"'.*'|.*([/:=%\d]|\w[.,]\w).*|[A-Z][A-Z,]*|{'|'.join(WORDS)}")
-"""Such a word where it is a value, not the next one of the sentence."""
+"""Such a word if it is a value, not the next word of the sentence."""
 _COMMAND = re.compile(r"\banybit ([a-z]+)((?: (?!--)[\w./:-]+)?)((?: --[a-z][a-z-]+(?: [\w./:%]*[/:%\dA-Z][\w/:%]*)?)+)")
 _SIZE = re.compile(r"([\d.]+) ?([kMGT]?)B")
 _PIP = ("force-reinstall", "index-url")
@@ -45,7 +45,7 @@ def as_on_the_command_line() -> Iterator[None]:
 
 @contextmanager
 def as_in_python(known: Collection[str] = ()) -> Iterator[None]:
-    """Name the options in errors that leave the block as keywords, `known` ones as they are; a block within another changes nothing."""
+    """Turn options in errors that leave the block into keywords, `known` ones as they are; a nested block changes nothing."""
     if _speaks_plainly.get():
         yield
         return
@@ -71,7 +71,7 @@ def _call(match: re.Match[str]) -> str:
 
 
 def _keyword(match: re.Match[str], known: Collection[str]) -> str:
-    """Write one flag as a keyword with its value; as it is where it belongs to another program."""
+    """Write one flag as a keyword with its value; unchanged if it belongs to another program."""
     flag, word = match[1], match[2]
     if flag in _PIP:
         return match[0]

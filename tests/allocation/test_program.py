@@ -358,7 +358,7 @@ def test_error_distinguishes_limits_that_only_conflict_jointly():
     problem = Problem(
         {"a": LADDER[:2]}, {"a": np.zeros(2)}, {"x": {"a": np.array([1.0, 2.0])}, "y": {"a": np.array([2.0, 1.0])}}, {"x": 1.0, "y": 1.0}
     )
-    with pytest.raises(InfeasibleBudget, match="together, though each alone can be met"):
+    with pytest.raises(InfeasibleBudget, match="together, although each alone can be met"):
         allocate(problem)
 
 

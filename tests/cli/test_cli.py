@@ -353,7 +353,7 @@ EARLY = {
     "calibrate --model m.py:net --data x.npz --metric m.py:one --output o": "Did you mean ones?",
     "calibrate --model m.py:net --data x.npz --device abacus --output o": "--device abacus",
     "calibrate --model m.py:net --data x.npz --pipeline fast --output o": "advanced or light",
-    "calibrate --model m.py:net --data x.npz --output .": "the folder that you are in",
+    "calibrate --model m.py:net --data x.npz --output .": "the current folder",
     "calibrate --model m.py:net --output o": "--data is missing",
     "allocate rum --budget 3bit --output o": "Did you mean run?",
     "allocate run --budget 3bits,4bit --output o": "twice",

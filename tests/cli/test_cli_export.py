@@ -46,7 +46,7 @@ def test_exports_verifies_and_times_a_run(exported_here):
     assert "float32" in anybit_cli("bench", "run", "--rounds", "1").stdout
 
 
-@pytest.mark.filterwarnings("ignore:.*takes no more.*what it finishes is not kept")
+@pytest.mark.filterwarnings("ignore:.*cannot be written to.*its results are not stored")
 def test_full_disk_error_names_the_file_and_keeps_the_previous_one(here, full_disk):
     exported()
     before = Path("net.onnx").read_bytes()

@@ -218,7 +218,7 @@ def test_log_appends_after_a_truncated_line(tmp_path):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("x.npz", "is no log"),
+        ("x.npz", "is not a log"),
         (".", "cannot be written"),
         ("x.npz/log.jsonl", "cannot be written"),
         ("/dev/full", "No space left"),

@@ -177,10 +177,10 @@ def test_multi_label_divergence():
 @pytest.mark.parametrize(
     "labels, message",
     [
-        (torch.zeros(16, 4, 6), "whole numbers"),
+        (torch.zeros(16, 4, 6), "integers"),
         (torch.full((16, 4, 6), 7), "5 classes"),
         (torch.full((16, 4, 6), VOID), "nothing to score"),
-        (torch.zeros(16, dtype=torch.int64), "whole numbers"),
+        (torch.zeros(16, dtype=torch.int64), "integers"),
     ],
 )
 def test_rejects_masks_of_the_wrong_form(labels, message):

@@ -64,7 +64,7 @@ def test_plain_lines_are_texts(tmp_path):
     ("a.tsv", "text\tlabel\nword\t1\n", "noise=text", "cannot be read"),
     ("a.tsv", "a\tb\nword\t1\n", None, "no column of texts"),
     ("a.tsv", "text\tlabel\n\t1\n", None, "line 2: the text is empty"),
-    ("a.csv", "text,label\nword, word,1\n", None, "line 2: 3 columns, and the header names 2"),
+    ("a.csv", "text,label\nword, word,1\n", None, "line 2: 3 columns, but the header names 2"),
     ("a.csv", 'text,label\n\n"two\nlines",1\n ,1\n', None, "line 5: the text is empty"),
     ("a.jsonl", '\n{"text": "a"}\n\n{"text": 42}\n', None, "line 4: the text is a int"),
     ("a.txt", "\n \n", None, "holds no rows"),

@@ -33,10 +33,10 @@ FLOAT_PRODUCTS = {"*scores": "float", "*mixture": "float"}
 def run_of(kind, path, **overrides):
     """(run folder, network, data) of a quick calibration."""
     if kind == "vit":
-        make(kind).save_pretrained(path / "net")
+        make(kind, layers=1).save_pretrained(path / "net")
         data = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     else:
-        folder(kind, path / "net")
+        folder(kind, path / "net", layers=1)
         (path / "texts.tsv").write_text("\n".join(["sentence", *sentences(24)]) + "\n")
         if kind == "bert":
             write_tsv(path / "texts.tsv", 24)
@@ -240,7 +240,7 @@ def test_existing_path_is_not_replaced(bert, tmp_path):
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     with pytest.raises(InvalidSetting, match="--overwrite"):
         export_folder(run, out, model=model)
-    with pytest.raises(InvalidSetting, match="is no folder that anybit exported"):
+    with pytest.raises(InvalidSetting, match="is not a folder that anybit exported"):
         export_folder(run, run, model=model, overwrite=True)
     for _ in range(4):
         export_folder(run, out, model=model, overwrite=True)
@@ -251,12 +251,12 @@ def test_does_not_overwrite_user_files(copied, tmp_path):
     run, model, _, out = copied
     (out / "notes").mkdir()
     (out / "notes" / "mine.txt").write_text("mine")
-    with pytest.raises(InvalidSetting, match="holds files besides"):
+    with pytest.raises(InvalidSetting, match="holds other files"):
         export_folder(run, out, model=model, overwrite=True)
     assert (out / "notes" / "mine.txt").read_text() == "mine"
     (tmp_path / "link").symlink_to(out)
     for place in (tmp_path / "link", run / "inside"):
-        with pytest.raises(InvalidSetting, match=r"is no folder|inside a run folder"):
+        with pytest.raises(InvalidSetting, match=r"is not a folder|inside a run folder"):
             export_folder(run, place, model=model, overwrite=True)
 
 
@@ -295,7 +295,7 @@ def test_verify_names_extra_files_that_transformers_may_read(name, copied):
 
 def test_rejects_folder_of_another_kind(bert, tmp_path):
     run, model, data, _ = bert
-    with pytest.raises(InvalidFile, match="is no folder that anybit exported"):
+    with pytest.raises(InvalidFile, match="is not a folder that anybit exported"):
         verify_folder(run, folder("bert", tmp_path / "net"), model=model, data=data)
 
 
@@ -318,7 +318,7 @@ def test_rejects_too_few_samples(samples, bert):
 
 def test_rejects_exported_folder_as_float_network(bert):
     _, _, _, out = bert
-    with pytest.raises(InvalidSetting, match="quantized already"):
+    with pytest.raises(InvalidSetting, match="already quantized"):
         load_model(f"hf:{out}")
     with pytest.raises(InvalidSetting, match=r"there is no folder .*moved"):
         load_model(f"hf:{out / 'moved'}")
@@ -328,7 +328,7 @@ def test_rejects_network_outside_transformers_and_leaves_nothing(tmp_path):
     model = Residual().eval()
     data = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     run = anybit.calibrate(model, data, "4bit", samples=16, batch_size=8, pipeline="light", cache=False).save(tmp_path / "run")
-    with pytest.raises(UnsupportedModel, match=r"Residual is no network of transformers.*--onnx"):
+    with pytest.raises(UnsupportedModel, match=r"Residual is not a network of transformers.*--onnx"):
         export_folder(run, tmp_path / "out", model=model)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 

@@ -91,7 +91,7 @@ def test_intact_result_of_the_wrong_form_is_recomputed(tmp_path):
 def test_unwritable_cache_costs_a_warning_not_the_run(tmp_path):
     (tmp_path / "file").write_text("in the way")
     recall = Cache(tmp_path / "file")
-    with pytest.warns(UserWarning, match="takes no more") as warned:
+    with pytest.warns(UserWarning, match="cannot be written to") as warned:
         assert [recall.keyed(number).value("result", lambda number=number: number) for number in range(3)] == [0, 1, 2]
     assert len(warned) == 1
 
@@ -347,7 +347,7 @@ def test_killed_run_resumes_to_identical_bytes(here):
         assert stopped("run", after, signal.SIGKILL).returncode == -signal.SIGKILL
         assert not Path("run").exists() and len(entries(results_folder())) >= after
     resumed = anybit_cli(*COMMAND, "--threads", "1", "--output", "run")
-    assert resumed.exit_code == 0 and "results taken up from the cache" in resumed.stderr
+    assert resumed.exit_code == 0 and "results reused from the cache" in resumed.stderr
     assert bytes_of(Path("run")) == bytes_of(Path("reference"))
 
 
@@ -383,7 +383,7 @@ def test_full_disk_keeps_finished_results_and_no_partial_files(here):
     assert "anybit: run cannot be written" in process.stderr.splitlines()[-1] and "the same command continues" in process.stderr
     assert {path.name for path in here.iterdir()} == {"m.py", "x.npz"}
     resumed = anybit_cli(*COMMAND, "--threads", "1", "--output", "run")
-    recalled, computed = map(int, re.search(r"(\d+) results taken up from the cache, (\d+) made anew", resumed.stderr).groups())
+    recalled, computed = map(int, re.search(r"(\d+) results reused from the cache, (\d+) computed", resumed.stderr).groups())
     assert resumed.exit_code == 0 and recalled > 20 and computed < 5  # the few that were too large to store
 
 

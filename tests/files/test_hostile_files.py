@@ -35,7 +35,7 @@ def test_mutated_file_raises_a_typed_error_or_loads_its_contents(tmp_path):
     cases = hostile_files.run_cases(tmp_path, range(260), seed=20)
     assert failed(cases) == []
     errors = {kind: sum(case.outcome == "error" for case in cases if case.kind == kind) for kind in hostile_files.KINDS}
-    assert all(count > 0 for kind, count in errors.items() if kind != "kept result"), errors
+    assert all(count > 0 for kind, count in errors.items() if kind != "stored result"), errors
     assert {case.outcome for case in cases if not case.remade} <= {"same", "error", "edited"}
 
 
@@ -103,7 +103,7 @@ def test_rejects_edited_report_and_report_of_another_run(run_folder, calibrated,
     assert read_report(run_folder)["result"] == calibrated[2].report["result"]
     report = json.loads((run_folder / "report.json").read_text())
     edited(run_folder / "report.json", result={**report["result"], "weight_bits": 1.0})
-    with pytest.raises(InvalidFile, match=r"report\.json is not as it was written"):
+    with pytest.raises(InvalidFile, match=r"report\.json was changed after it was written"):
         read_report(run_folder)
     other = anybit.allocate(run_folder, "6bit", data=calibrated[1], model=calibrated[0]).save(tmp_path / "other")
     shutil.copy(other / "report.json", run_folder / "report.json")
@@ -143,7 +143,7 @@ def test_rejects_report_with_missing_fields(section, change, run_folder):
 
 def test_error_messages_are_short_for_any_file(run_folder, calibrated, tmp_path):
     save_file({"a" * 10_000: torch.ones(1)}, tmp_path / "w.safetensors")
-    with pytest.raises(SchemeMismatch, match="have besides aaa") as raised:
+    with pytest.raises(SchemeMismatch, match="have additional aaa") as raised:
         anybit.sources.models.load_weights(make(Residual), tmp_path / "w.safetensors")
     assert len(str(raised.value)) < 1000
     path = run_folder / "candidates.json"
@@ -158,7 +158,7 @@ def test_rejects_candidates_of_another_run(run_folder, calibrated, tmp_path):
     other = anybit.allocate(run_folder, "6bit", data=calibrated[1], model=calibrated[0]).save(tmp_path / "other")
     for name in ("candidates.json", "candidates.safetensors"):
         shutil.copy(other / name, run_folder / name)
-    with pytest.raises(InvalidFile, match="belongs to another run"):
+    with pytest.raises(InvalidFile, match="belongs to a different run"):
         anybit.allocate(run_folder, "4bit", data=calibrated[1], model=calibrated[0])
 
 

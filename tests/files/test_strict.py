@@ -123,7 +123,7 @@ def test_rejects_sealed_file_once_changed(tmp_path):
     read_sealed(path, 1, "Make it again.", ("seconds",))
     for changed in ({**sealed(data), "a": [1.25, "b"]}, {**sealed(data), "more": 1}, {**data, "digest": 3}):
         write_json(path, changed)
-        with pytest.raises(InvalidFile, match=r"x\.json is not as it was written.*Make it again\."):
+        with pytest.raises(InvalidFile, match=r"x\.json was changed after it was written.*Make it again\."):
             read_sealed(path, 1, "Make it again.")
     write_json(path, data)
     with pytest.raises(InvalidFile, match="has no digest"):

@@ -294,7 +294,7 @@ def test_error_for_data_that_end_early_names_epoch_and_batch():
                 raise IndexError(index)
             return pictures(64)[index], 0
 
-    with pytest.raises(InvalidInput, match=r"ended after \d of 4 batches in epoch 1"):
+    with pytest.raises(InvalidInput, match=r"after \d of 4 batches of epoch 1\. Item \d+ of the data set AtTheEnd raises IndexError"):
         anybit.grow(make(Residual), as_samples(AtTheEnd()), "3bit", epochs=2, batch_size=16)
 
 

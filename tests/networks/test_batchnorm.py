@@ -421,7 +421,7 @@ def test_every_unfolded_norm_has_a_reason():
     pairs = foldable(model, wiring)
     reasons = unfolded(model, wiring, pairs)
     expected = {
-        "input_norm": "the network's input", "of_sum": "what add makes", "twice": "2 times", "of_branch": "read by others",
+        "input_norm": "the network's input", "of_sum": "the output of add", "twice": "2 times", "of_branch": "read elsewhere",
         "alone": "no running statistics",
     }  # fmt: skip
     assert pairs == {} and set(reasons) == set(expected)

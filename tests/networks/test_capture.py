@@ -154,7 +154,7 @@ def test_rejects_layer_whose_rows_cannot_be_assigned_to_samples():
 
     model, batches = make(TimeFirst), [Batch(numbers(4, 6, 4, seed=seed)) for seed in (1, 2)]
     before = snapshot(model)
-    with pytest.raises(UnsupportedModel, match=r"Unit inner sees a tensor of shape .* for 4 samples"):
+    with pytest.raises(UnsupportedModel, match=r"Unit inner reads a tensor of shape .* for 4 samples"):
         capture(model, "inner", batches, 8, MemoryBudget(2**20), outputs=True)
     assert_untouched(model, before)
 

@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 
 from anybit.errors import InvalidSetting
 from anybit.numerics.affine import fake_quantize, quant_limits
-from anybit.numerics.ranges import ESTIMATORS, activation_range, weight_scale
+from anybit.numerics.ranges import ESTIMATORS, activation_range, affine_from_ends, range_ends, weight_scale
 
 few = settings(max_examples=40, deadline=None)
 bit_widths = st.integers(2, 8)
@@ -123,6 +123,25 @@ def test_mse_clips_an_outlier_that_minmax_covers():
     sample = torch.cat([torch.linspace(0, 1, 1000), torch.tensor([20.0])])
     assert activation_range(sample, 4, "mse")[0] < activation_range(sample, 4, "minmax")[0]
     assert weight_scale(sample[None], 4, "mse") < weight_scale(sample[None], 4, "minmax")
+
+
+@few
+@given(tensors((30,)), st.integers(2, 8), st.sampled_from([1.0, 2.0**-100, 2.0**100]))
+def test_mse_ranges_are_those_of_an_exhaustive_search(sample, bits, size):
+    def error(low, high):
+        """In float64, whose range holds the square of any float32."""
+        scale, zero_point = affine_from_ends(low, high, bits)
+        return float(squared_error(sample.double() * size, scale.double(), zero_point.double(), quant_limits(bits, signed=False)).sum())
+
+    low, high = (sample * size).min().clamp(max=0), (sample * size).max().clamp(min=0)
+    least = min(error(low * (step / 100), high * (step / 100)) for step in range(1, 101))
+    assert error(*range_ends(sample * size, bits)) <= least * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("exponent", [-110, -70, 90, 108])
+def test_mse_weight_scales_are_equivariant_where_squares_leave_the_range_of_float32(exponent):
+    rows = torch.linspace(-3, 2, 24).reshape(2, 12)
+    assert torch.equal(weight_scale(rows * 2.0**exponent, 4), weight_scale(rows, 4) * 2.0**exponent)
 
 
 def test_percentile_ignores_one_outlier_in_ten_thousand():

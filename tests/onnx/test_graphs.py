@@ -312,7 +312,7 @@ def test_damaged_graph_is_reported_and_exported_again(damage, alike, calls):
 def test_unwritable_cache_costs_a_warning(alike, tmp_path):
     canonical, expected, _ = alike
     (tmp_path / "file").write_text("no folder")
-    with pytest.warns(UserWarning, match="takes no more"):
+    with pytest.warns(UserWarning, match="cannot be written to"):
         assert contents(canonical, inputs((6,)), Cache(tmp_path / "file")) == expected
 
 

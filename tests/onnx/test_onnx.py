@@ -542,6 +542,9 @@ def odd(function, shape=(3, 8, 8), precision="W8A8", **layers):
     return canonical_of(Odd(function, **layers).eval(), batch, lambda layer: Precision.parse(precision)), batch
 
 
+LEFT_OUT = "the file leaves it out: it depends on no input, or no output on it"
+
+
 def conv(narrow, wide, kernel=3, **more):
     return nn.Conv2d(narrow, wide, kernel, **more)
 
@@ -682,7 +685,41 @@ def test_layer_on_constants_is_computed_once(tmp_path):
 
     canonical, batch = odd(function, (6,), a=nn.Linear(6, 8), of_places=nn.Linear(6, 8), b=nn.Linear(8, 4))
     verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
-    assert not verdict.failures and verdict.floats["of_places"] == "it does not depend on the inputs, and was computed once"
+    assert not verdict.failures and verdict.floats["of_places"] == LEFT_OUT
+
+
+def test_layer_that_no_output_depends_on_is_left_out(tmp_path):
+    def function(s, x):
+        h = F.relu(s.a(x))
+        torch.tanh(s.pooler(h))
+        return s.b(h)
+
+    canonical, batch = odd(function, (6,), a=nn.Linear(6, 8), pooler=nn.Linear(8, 8), b=nn.Linear(8, 4))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and verdict.floats["pooler"] == LEFT_OUT and set(verdict.kernels) == {"a", "b"}
+
+
+class Positions(nn.Embedding):
+    """Looks up positions from 2 on; reads tokens, whose number alone it takes."""
+
+    def __init__(self, of_the_tokens):
+        super().__init__(12, 6)
+        self.of_the_tokens = of_the_tokens
+
+    def forward(self, tokens):
+        places = tokens if self.of_the_tokens else torch.arange(tokens.shape[1])
+        return super().forward(places + 2)
+
+
+@pytest.mark.parametrize(("of_the_tokens", "reason"), [(True, "an embedding looks rows up"), (False, LEFT_OUT)])
+def test_embedding_may_compute_its_indices(of_the_tokens, reason, tmp_path):
+    torch.manual_seed(0)
+    batch = anybit.data.batches.Batch(torch.randint(9, (12, 6)))
+    layers = {"words": nn.Embedding(9, 6), "places": Positions(of_the_tokens), "b": nn.Linear(6, 4)}
+    model = Odd(lambda s, x: s.b(F.relu(s.words(x) + s.places(x))), **layers)
+    canonical = canonical_of(model, batch, lambda layer: Precision(8, 8 if layer == "b" else None))
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and verdict.floats["places"] == reason
 
 
 @pytest.mark.parametrize(
@@ -718,6 +755,11 @@ def test_layers_where_autocast_is_turned_off_are_found_in_the_graph(tmp_path):
     assert not verdict.failures and set(verdict.kernels) == {"a", "b"}
 
 
+class Doubled(nn.Embedding):
+    def forward(self, x):
+        return F.embedding(x, self.weight * x.float().mean())
+
+
 class Dynamic(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.weight - x.mean(), self.bias)
@@ -732,6 +774,14 @@ class Scaled(nn.Conv2d):
 def test_rejects_layer_whose_forward_is_more_than_its_operator(cls):
     canonical, batch = odd(lambda s, x: s.odd(x), odd=cls(3, 4, 3))
     with pytest.raises(UnsupportedModel, match=rf"odd: the forward of .*{cls.__name__}"):
+        exported(canonical, batch)
+
+
+def test_rejects_embedding_of_another_table():
+    torch.manual_seed(0)
+    batch = anybit.data.batches.Batch(torch.randint(9, (12, 6)))
+    canonical = canonical_of(Odd(lambda s, x: s.b(s.odd(x)), odd=Doubled(9, 6), b=nn.Linear(6, 4)), batch, lambda layer: Precision(8))
+    with pytest.raises(UnsupportedModel, match=r"odd: the forward of .*Doubled"):
         exported(canonical, batch)
 
 

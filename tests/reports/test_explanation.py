@@ -128,7 +128,7 @@ def test_explanation_of_a_hand_computed_case(tmp_path):
         ({"a": "W2A8", "b": "W4A8"}, "9kB", "b", "not on the frontier"),
         ({"a": "W2A8", "b": "W2A8", "c": "W4A8"}, "9kB", "c", "less than the next step would gain with it, but"),
         ({"a": "W4A8", "b": "W4A8", "c": "W2A8"}, "9kB", "b", "more than the next step would gain with it."),
-        ({"a": "W4A8", "b": "W4A8"}, "9kB", "b", "no other layer has a use for it"),
+        ({"a": "W4A8", "b": "W4A8"}, "9kB", "b", "no other layer can use it"),
         ({"a": "W4A8", "b": "W4A8"}, None, "b", "No budget was given"),
         ({"a": "W2A8", "b": "W2A8"}, "loss=0.9", "a", "smallest scheme that keeps its limit"),
         ({"a": "W2A8", "b": "W2A8"}, "2bit", "a", "0 B of codes left, too little"),
@@ -173,6 +173,14 @@ def test_training_shows_the_bits_after_each_epoch(folders):
     explanation = explain(folders["grown"], "fc")
     assert explanation["bits"] == {row["epoch"]: row["layers"]["fc"] for row in report["epochs"]} and explanation["road"] == "grow"
     assert f"after each: {', '.join(map(str, explanation['bits'].values()))}." in explanation["why"][0]
+
+
+@pytest.mark.parametrize(("objective", "words"), [("likeliest planes", "the likeliest planes within"), (None, "started with")])
+def test_training_says_what_decided_the_bits(folders, tmp_path, objective, words):
+    report = json.loads((folders["grown"] / "report.json").read_text())
+    report["certificate"] = {"objective": objective} if objective else {}
+    del report["sha256"]
+    assert words in explain(written(tmp_path / "run", report), "fc")["why"][-1]
 
 
 def test_search_shows_the_evaluated_precisions(folders):
@@ -243,7 +251,7 @@ def test_rejects_broken_report(run_folder, place, value):
 
 
 def test_rejects_other_folders(tmp_path, folders):
-    with pytest.raises(anybit.InvalidFile, match="no run folder"):
+    with pytest.raises(anybit.InvalidFile, match="not a run folder"):
         explain(tmp_path, "fc")
     search = tmp_path / "search"
     search.mkdir()

@@ -113,7 +113,7 @@ def test_outputs_that_cannot_be_compared_are_excluded_and_reported():
 
 
 @pytest.mark.parametrize(
-    "name, message", [("best", "int64"), ("state", "rows"), ("box", "Choose from scores, boxes, more.0"), ("9", "is no output")]
+    "name, message", [("best", "int64"), ("state", "rows"), ("box", "Choose from scores, boxes, more.0"), ("9", "is not an output")]
 )
 def test_rejects_unknown_output_by_name(name, message):
     with pytest.raises(InvalidSetting, match=message):

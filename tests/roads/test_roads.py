@@ -482,7 +482,7 @@ def test_allocates_from_a_folder_of_several_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("folder", "message"), [("supernet", "a supernet.* Extract a subnet"), ("search", "a supernet"), ("grown", "of calibrate alone")]
+    ("folder", "message"), [("supernet", "a supernet.* Extract a subnet"), ("search", "a supernet"), ("grown", "only runs of calibrate")]
 )
 def test_error_distinguishes_runs_of_other_roads_from_broken_ones(folders, calibrated, folder, message):
     with pytest.raises(InvalidFile, match=message):

@@ -59,7 +59,7 @@ def folders(tmp_path_factory):
         "calibrate": anybit.calibrate(shifted(), data[0], "6bit", **LIGHT),
         "grow": anybit.grow(shifted(), data, "4bit", epochs=1, batch_size=16),
         "train": supernet,
-        "search": anybit.search(supernet, data, "5bit", evaluations=10),
+        "search": anybit.search(supernet, data, "5bit", evaluations=10, rounds=1),
     }
     saved = {name: run.save(here / name) for name, run in runs.items()}
     saved["extract"] = anybit.extract(saved["search"], "5bit", model=shifted()).save(here / "extract")
@@ -95,7 +95,7 @@ def test_rejects_network_with_changed_unstored_state(road, other, folders):
 def test_rejects_network_that_fails_to_run(folders):
     model = shifted()
     model.table = torch.ones(3)
-    with pytest.raises(SchemeMismatch, match="does not take the inputs"):
+    with pytest.raises(SchemeMismatch, match="does not accept the inputs"):
         anybit.load(folders["calibrate"], model)
 
 

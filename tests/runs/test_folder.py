@@ -290,7 +290,7 @@ def test_reference_of_a_foreign_folder_is_not_followed(trapped, calibrated):
 def test_reference_of_a_foreign_folder_is_not_passed_on(trapped, calibrated, tmp_path):
     folder, script = trapped
     anybit.allocate(folder, "4bit", data=calibrated[1], model=make(Residual)).save(tmp_path / "second")
-    with pytest.raises(InvalidSetting, match="does not say which network"):
+    with pytest.raises(InvalidSetting, match="does not name its network"):
         anybit.load(tmp_path / "second")
     assert not script.with_name("executed").exists()
 
@@ -452,7 +452,7 @@ def test_existing_run_is_replaced_only_on_request(run_folder, calibrated):
 
 def test_run_folder_with_other_files_is_not_deleted(run_folder, calibrated):
     (run_folder / "notes.txt").write_text("dear reader")
-    with pytest.raises(InvalidSetting, match="holds files besides"):
+    with pytest.raises(InvalidSetting, match="holds other files"):
         calibrated[2].save(run_folder, overwrite=True)
     assert (run_folder / "notes.txt").read_text() == "dear reader"
 
@@ -462,7 +462,7 @@ def test_folder_that_is_not_a_run_is_never_replaced(tmp_path, calibrated):
     (tmp_path / "thesis" / "chapter1.tex").write_text("dear reader")
     (tmp_path / "file").write_text("dear reader")
     for path in (tmp_path / "thesis", tmp_path / "file"):
-        with pytest.raises(InvalidSetting, match="no run folder"):
+        with pytest.raises(InvalidSetting, match="not a run folder"):
             calibrated[2].save(path, overwrite=True)
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == (tmp_path / "file").read_text() == "dear reader"
 

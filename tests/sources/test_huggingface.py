@@ -246,7 +246,7 @@ def test_rejects_sample_of_only_padding(tmp_path):
     model, batch = covered("bert"), inputs("bert")
     batch.inputs["attention_mask"][2] = 0
     rows = [{name: tensor[i] for name, tensor in batch.inputs.items()} for i in range(len(batch))]
-    with pytest.raises(InvalidInput, match="all padding"):
+    with pytest.raises(InvalidInput, match="only padding"):
         anybit.calibrate(model, rows, "4bit", **QUICK)
 
 
@@ -400,7 +400,7 @@ def refused(tmp_path, content, name="texts.tsv", kind="bert", **options):
     ("label\tsentence\nmaybe\tword1\n", {}, "label 'maybe' is no class number"),
     ("", {}, "holds no rows"),
     ("label\tsentence\n1\t" + "word1 " * 50 + "\n", {}, "52 tokens, more than the 40"),
-    ("label\tsentence\n1\tword1\n", {"length": 99}, "the network takes 2 to 40 tokens"),
+    ("label\tsentence\n1\tword1\n", {"length": 99}, "the network accepts 2 to 40 tokens"),
 ])  # fmt: skip
 def test_rejects_invalid_texts_by_name(content, options, message, tmp_path):
     assert message in refused(tmp_path, content, **options)
@@ -418,7 +418,7 @@ def test_rejects_texts_without_a_language_model(tmp_path):
     with pytest.raises(InvalidSetting, match="tokenizer of a Hugging Face model"):
         load_data(str(data), model=nn.Linear(2, 2))
     make("bert").save_pretrained(tmp_path / "bare")
-    with pytest.raises(InvalidSetting, match="without a tokenizer"):
+    with pytest.raises(InvalidSetting, match="has no tokenizer"):
         load_data(str(data), model=load_model(f"hf:{tmp_path / 'bare'}"))
 
 

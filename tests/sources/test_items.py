@@ -1,5 +1,7 @@
 """Which parts of an item are inputs and which is the label: from the forward's signature, or by an explicit choice."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,11 @@ def same(tree, other) -> bool:
         (Single(), [(a, {"boxes": torch.rand(n, 4), "labels": torch.ones(n)}) for n, a in enumerate(A)], A, None),
         (Single(), [(a, f"{n}.png") for n, a in enumerate(A)], A, None),
         (Single(), [(a, n, f"{n}.png") for n, a in enumerate(A)], A, torch.arange(N)),
+        (Single(), [(a, Path(f"{n}.png")) for n, a in enumerate(A)], A, None),
+        (Single(), [(a, n, Path(f"{n}.png")) for n, a in enumerate(A)], A, torch.arange(N)),
+        (Single(), [(a, Path(f"{n}.png"), n) for n, a in enumerate(A)], A, torch.arange(N)),
+        (Single(), [(f"{n}.png", a, n) for n, a in enumerate(A)], A, torch.arange(N)),
+        (Pair(), [(Path(f"{n}.png"), a, b) for n, (a, b) in enumerate(zip(A, B, strict=True))], (A, B), None),
         (Single(), [(a, None) for a in A], A, None),
         (Single(), [(a, (torch.rand(2, 4), torch.ones(2))) for a in A], A, None),
         (Single(), [(a, (0.0, 1.0)) for a in A], A, torch.tensor([[0.0, 1.0]] * N)),
@@ -153,7 +160,7 @@ def test_rejects_endless_stream(monkeypatch):
 @pytest.mark.parametrize(
     ("model", "data", "words"),
     [
-        (Masked(), TensorDataset(X, MASK), ("Masked.forward(x, mask=None)", "labelled=False) where it is mask", "labelled=True)")),
+        (Masked(), TensorDataset(X, MASK), ("Masked.forward(x, mask=None)", "labelled=False) if it is mask", "labelled=True)")),
         (Masked(), (X, MASK), ("Masked.forward(x, mask=None)", "labelled=False", "labelled=True")),
         (Single(), [torch.randn(4, 3), torch.randn(4, 3)], ("anybit.Samples(data, labelled=False)", "DataLoader(data, batch_size=None)")),
         (Single(), [{"image": a, "other": a} for a in A], ("'image' alone or 'other' alone", "'x'")),

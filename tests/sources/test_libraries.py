@@ -118,7 +118,7 @@ TOGETHER = "`pip install --force-reinstall torch torchvision`"
 BROKEN = [
     ("timm", ModuleNotFoundError("no timm", name="timm"), {}, ["timm, which is not installed", "`pip install timm`"]),
     ("timm", ModuleNotFoundError("no torchvision", name="torchvision"), {"timm": "1.0"}, ["`pip install torchvision`"]),
-    ("torchvision", RuntimeError("operator torchvision::nms does not exist"), PAIR, ["does not import", "torch 2.13.0+cpu", TOGETHER]),
+    ("torchvision", RuntimeError("operator torchvision::nms does not exist"), PAIR, ["cannot be imported", "torch 2.13.0+cpu", TOGETHER]),
     ("timm", OSError("libcudart.so.13: cannot open shared object file"), PAIR, ["libcudart", TOGETHER]),
     ("datasets", ImportError("cannot import name 'x'"), {"datasets": "1"}, ["`pip install --force-reinstall datasets`"]),
 ]

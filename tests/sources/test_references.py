@@ -103,7 +103,7 @@ def test_loads_weights_from_every_format(suffix, tmp_path):
     ("change", "message"),
     [
         (lambda s: s.pop("fc.weight"), r"lack fc\.weight"),
-        (lambda s: s.update(extra=torch.ones(1)), "have besides extra"),
+        (lambda s: s.update(extra=torch.ones(1)), "have additional extra"),
         (lambda s: s.update({"fc.weight": torch.ones(5, 9)}), r"differ in shape at fc\.weight"),
     ],
     ids=["lacking", "surplus", "shape"],
@@ -272,7 +272,7 @@ def test_workers_and_subset_of_a_loader_are_used():
     dataset = TensorDataset(pictures(6), torch.arange(6))
     samples = as_samples(DataLoader(dataset, num_workers=1, worker_init_fn=init_worker))
     assert samples.workers == 1
-    with pytest.raises(RuntimeError, match="worker_init_fn has run"):
+    with pytest.raises(InvalidInput, match="worker_init_fn has run"):
         all_of(samples)
     assert all_of(as_samples(DataLoader(dataset, sampler=SubsetRandomSampler([4, 1]))))[1].tolist() == [4, 1]
 
@@ -438,8 +438,8 @@ def test_rejects_crop_larger_than_the_resized_image():
 @pytest.mark.parametrize(
     ("names", "reference", "remedy"),
     [
-        (("xt", "yt"), "a.npz", "Call the inputs x and the labels y"),
-        (("xt", "yt"), "a.npz#test", "Call the inputs x and the labels y"),
+        (("xt", "yt"), "a.npz", "Name the inputs x and the labels y"),
+        (("xt", "yt"), "a.npz#test", "Name the inputs x and the labels y"),
         (("x_val", "y_val"), "a.npz", r"Write a\.npz#val for x_val"),
         (("x_val", "y_val"), "a.npz#test", r"Write a\.npz#val for x_val"),
     ],

@@ -62,7 +62,7 @@ def stored(tmp_path_factory):
 def searched(stored, tmp_path_factory):
     """A search in that supernet, its folder, and the cache of its scores."""
     here = tmp_path_factory.mktemp("searched")
-    result = anybit.search(stored[1], labelled(), "3bit", model=make(Residual), evaluations=10, cache=here / "cache")
+    result = anybit.search(stored[1], labelled(), "3bit", model=make(Residual), evaluations=10, rounds=1, cache=here / "cache")
     return result, result.save(here / "run"), here / "cache"
 
 
@@ -289,7 +289,7 @@ def test_report_names_the_source_of_batch_norm_statistics(stored, tmp_path):
     near = anybit.extract(folder, scheme=tmp_path / "scheme.json", model=make(Residual))
     assert "nearest" in near.report["statistics"] and near.scheme == mixed
     own = anybit.extract(folder, scheme=mixed, data=labelled(), model=make(Residual))
-    assert own.report["statistics"] == "estimated anew on 32 inputs"
+    assert own.report["statistics"] == "estimated on 32 inputs"
     again = anybit.extract(folder, scheme=anybit.extract(folder, "3bit", model=make(Residual)).save(tmp_path / "run"), model=make(Residual))
     assert again.scheme == supernet.uniform(2)
 
@@ -327,7 +327,7 @@ def supernet_bits(result, scheme):
 
 def test_interrupted_search_resumes_without_repetition_to_the_same_end(stored, tmp_path, monkeypatch):
     _, folder = stored
-    options = {"model": make(Residual), "evaluations": 12}
+    options = {"model": make(Residual), "evaluations": 12, "rounds": 1}
     whole = anybit.search(folder, labelled(), "3bit", cache=tmp_path / "a", **options)
     scores, calls = subnet_scores, []
 
@@ -350,7 +350,7 @@ def test_interrupted_search_resumes_without_repetition_to_the_same_end(stored, t
 
 def test_search_estimates_batch_norm_on_the_requested_number_of_inputs(stored, tmp_path, monkeypatch):
     _, folder = stored
-    options = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
+    options = {"model": make(Residual), "evaluations": 12, "rounds": 1, "cache": tmp_path / "cache"}
     scores, seen = subnet_scores, []
 
     def counted(supernet, scheme, statistics, *arguments):
@@ -376,7 +376,7 @@ def test_custom_metric_ranks_subnets_and_names_scores(stored, tmp_path):
     def fewest(outputs, labels):
         return -float(outputs.abs().mean())
 
-    options = {"model": make(Residual), "evaluations": 12, "cache": tmp_path / "cache"}
+    options = {"model": make(Residual), "evaluations": 12, "rounds": 1, "cache": tmp_path / "cache"}
     result = anybit.search(folder, labelled(), metric=fewest, **options)
     assert result.report["score"] == "fewest" and all(row["score"] < 0 for row in result.report["evaluated"])
     plain = anybit.search(folder, labelled(), **options)  # scores of another metric are never reused from the file
@@ -386,7 +386,7 @@ def test_custom_metric_ranks_subnets_and_names_scores(stored, tmp_path):
 def test_scores_of_another_supernet_are_never_reused(searched, tmp_path):
     cache = shutil.copytree(searched[2], tmp_path / "cache")
     other = trained(seed=3, keep={"conv": Precision(8, 8)})
-    assert anybit.search(other, labelled(), evaluations=10, cache=cache).report["recalled"] == 0
+    assert anybit.search(other, labelled(), evaluations=10, rounds=1, cache=cache).report["recalled"] == 0
 
 
 @pytest.mark.parametrize("change", ["a label", "an input", "an input for batch norm", "an attribute"])
@@ -402,7 +402,7 @@ def test_scores_of_other_data_or_code_are_never_reused(change, stored, searched,
         model.block2.scale = 2.0
     else:
         x[held_out[0] if change == "an input" else list(bn_indices(fitting, supernet.settings))[-1]] += 0.5
-    assert anybit.search(folder, (x, y), model=model, evaluations=10, cache=cache).report["recalled"] == 0
+    assert anybit.search(folder, (x, y), model=model, evaluations=10, rounds=1, cache=cache).report["recalled"] == 0
 
 
 def bn_indices(fitting, settings):
@@ -415,7 +415,7 @@ def bn_indices(fitting, settings):
 
 def test_another_budget_estimates_nothing_again(stored, tmp_path, monkeypatch):
     _, folder = stored
-    options = {"model": make(Residual), "evaluations": 15, "cache": tmp_path / "cache"}
+    options = {"model": make(Residual), "evaluations": 15, "rounds": 1, "cache": tmp_path / "cache"}
     first = anybit.search(folder, labelled(), "3bit", **options)
     with monkeypatch.context() as patched:
         patched.setattr("anybit.networks.batchnorm.reestimate", lambda *arguments: pytest.fail("estimated"))
@@ -430,7 +430,7 @@ def test_a_search_among_few_schemes_ends(settings):
 
     x = torch.randn(60, 6)
     supernet = anybit.train(nn.Sequential(nn.Linear(6, 4)), (x, x[:, :4].argmax(1)), epochs=1, batch_size=16, held_out=0.3, **settings)
-    report = anybit.search(supernet, (x, x[:, :4].argmax(1)), evaluations=20, cache=False).report
+    report = anybit.search(supernet, (x, x[:, :4].argmax(1)), evaluations=20, rounds=1, cache=False).report
     assert len(report["evaluated"]) == (1 if "keep" in settings else 4) and report["rank_correlation"] is None
 
 
@@ -539,7 +539,7 @@ def test_malformed_cached_score_is_measured_again(stored, searched, tmp_path):
     for entry in entries(cache):
         entry.path.write_bytes(_serialized("score", Entry({})))
     with pytest.warns(UserWarning, match="is damaged"):
-        again = anybit.search(stored[1], labelled(), "3bit", model=make(Residual), evaluations=10, cache=cache)
+        again = anybit.search(stored[1], labelled(), "3bit", model=make(Residual), evaluations=10, rounds=1, cache=cache)
     assert again.report["evaluated"] == first.report["evaluated"] and again.report["recalled"] == 0
 
 
@@ -563,8 +563,8 @@ def test_foreign_reference_is_never_followed_or_passed_on(stored, monkeypatch, t
     own = anybit.load_supernet(foreign, model=make(Residual)).save(tmp_path / "mine")
     result = anybit.search(foreign, labelled(), "3bit", model=make(Residual), evaluations=10, cache=False).save(tmp_path / "found")
     for folder in (own, result):
-        with pytest.raises(InvalidSetting, match="does not say which network"):
+        with pytest.raises(InvalidSetting, match="does not name its network"):
             anybit.load_supernet(folder)
     run = anybit.extract(foreign, "3bit", model=make(Residual)).save(tmp_path / "run")
-    with pytest.raises(InvalidSetting, match="does not say which network"):
+    with pytest.raises(InvalidSetting, match="does not name its network"):
         anybit.load(run)

@@ -1,1 +1,1 @@
-"""Which layer gets how many bits: sensitivity, the integer program, the choice. Imports loops and below."""
+"""The bits of each layer: sensitivity, the integer program, the choice. Imports loops and below."""

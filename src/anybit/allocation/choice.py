@@ -1,4 +1,4 @@
-"""Choose the scheme of a budget: solve, measure the best, take the best measured."""
+"""Choose the scheme of a budget: solve, measure the best schemes, take the best measured one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,8 +26,8 @@ from anybit.scheme import FLOAT, Precision, Scheme
 class Judge:
     """Measures schemes on the held-out inputs: their distance to the float outputs and, with labels, their accuracy.
 
-    `metric` is the user's own, higher is better; where it is given, a limit on the drop counts in it and not in top-1. `scored` says
-    whether the labels are those of the task.
+    `metric` is the user's own, higher is better; if given, "drop=" budgets limit it instead of top-1. `scored` says whether the labels fit
+    the task.
     """
 
     network: ObservedNetwork
@@ -43,12 +43,12 @@ class Judge:
         object.__setattr__(self, "task", named_task(self.task))
 
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
-        """Measure a scheme composed of the unchanged candidates."""
+        """Measure a scheme built from the unchanged candidates."""
         apply = partial(self.network.apply, scheme, self.candidates)
         return self.recall.value(f"measured {scheme}", lambda: self.of_model(apply()), as_scores)
 
     def of_model(self, model: nn.Module) -> dict[str, float]:
-        """{"loss": distance, and where there are labels what the task counts ("top1", ...), "metric": the user's}."""
+        """Return {"loss": distance, with labels the task's counted score ("top1", ...), "metric": the user's}."""
         return self.of_outputs(outputs_of(model, self.held_out))
 
     def of_outputs(self, outputs: Tensor) -> dict[str, float]:
@@ -64,7 +64,7 @@ class Judge:
 
     @property
     def counted(self) -> str | None:
-        """Name of the score that a limit on the drop counts in."""
+        """Return the name of the score that "drop=" budgets limit."""
         return (self.task.counted if self.scored else None) if self.metric is None else "metric"
 
     @property
@@ -79,14 +79,14 @@ def as_scores(record: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The scheme that won, the solver's allocation behind the comparison, and every scheme that was measured."""
+    """The chosen scheme, the solver's allocation behind the comparison, and every measured scheme."""
 
     scheme: Scheme
     allocation: Allocation | None
     measured: list[dict[str, Any]]
 
     def certificate(self, seed: int) -> dict[str, Any]:
-        """Return the solver's certificate of its best scheme, and which of the measured ones was taken."""
+        """Return the solver's certificate of its best scheme, and the name of the chosen one."""
         chosen = next((row["name"] for row in self.measured if row["scheme"] == self.scheme), None)
         solved = (
             {**self.allocation.certificate(), "predicted_loss": self.allocation.predicted_loss, "seed": seed} if self.allocation else {}
@@ -94,7 +94,7 @@ class Choice:
         return {**solved, "chosen": chosen}
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, for `from_json`."""
+        """Return all of it, for `from_json`."""
         allocation = None if self.allocation is None else {**vars(self.allocation), "scheme": self.allocation.scheme.to_json()}
         measured = [{**row, "scheme": row["scheme"].to_json()} for row in self.measured]
         return {"scheme": self.scheme.to_json(), "allocation": allocation, "measured": measured}
@@ -108,9 +108,9 @@ class Choice:
 
 
 def choose_scheme(network: ObservedNetwork, table: SensitivityTable, budget: Budget | None, alternatives: int, judge: Judge) -> Choice:
-    """Solve for `budget`, measure the best schemes and every uniform one that fits, and take the best measured.
+    """Solve for `budget`, measure the best schemes and every uniform one that fits, and take the best measured one.
 
-    Under a limit on the loss, the best is the smallest that keeps it.
+    Under a limit on the loss, the best is the smallest that meets it.
     """
     if budget is None:
         return Choice(network.largest, None, [measured_row(network, table, "largest", network.largest, judge)])
@@ -128,19 +128,19 @@ def choose_scheme(network: ObservedNetwork, table: SensitivityTable, budget: Bud
     rows += uniform_rows(network, table, budget, judge)
     if loss_limit is None:
         best = min(rows, key=lambda row: row["measured"])
-    else:  # the smallest that keeps the limit when measured; where none does, the smallest that was predicted to
+    else:  # the smallest that meets the limit when measured, or else the smallest that was predicted to
         best = min((row for row in rows if row["measured"] <= loss_limit), key=lambda row: row["bytes"], default=rows[0])
     return Choice(best["scheme"], solved[0], rows)
 
 
 def check_feasible(network: ObservedNetwork, budget: Budget) -> None:
-    """Raise InfeasibleBudget, naming the minimum, before any long work: costs need no measurement."""
+    """Raise InfeasibleBudget, naming the minimum, before any long work, since costs need no measurement."""
     nothing_lost = SensitivityTable({(name, p): 0.0 for name, options in network.choices.items() for p in options}, FLOAT, 0)
     allocate(make_problem(network.choices, nothing_lost, network.costs, budget))
 
 
 def uniform_rows(network: ObservedNetwork, table: SensitivityTable, budget: Budget, judge: Judge) -> list[dict[str, Any]]:
-    """Return every uniform scheme (kept layers aside) that fits the budget, measured."""
+    """Return every uniform scheme (apart from kept layers) that fits the budget, measured."""
     schemes = {Precision(w, a): network.uniform(w, a) for w in network.options.weight_bits for a in network.options.activation_bits}
     return [
         measured_row(network, table, f"uniform {precision}", scheme, judge)
@@ -150,7 +150,7 @@ def uniform_rows(network: ObservedNetwork, table: SensitivityTable, budget: Budg
 
 
 def fits_budget(costs: CostModel, scheme: Scheme, budget: Budget) -> bool:
-    """Return whether the scheme meets every limit on a cost."""
+    """Return whether the scheme meets every limit on costs."""
     return all(cost.total(costs, scheme) <= limit * (1 + 1e-12) for cost, limit in budget.costs() if cost.is_known(costs))
 
 
@@ -164,10 +164,10 @@ def measured_row(network: ObservedNetwork, table: SensitivityTable, name: str, s
 
 
 def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: Budget, judge: Judge) -> Choice:
-    """The smallest scheme whose metric (or top-1) on the held-out inputs is within the allowed drop: bisection on mean weight bits."""
+    """Return the smallest scheme whose metric (or top-1) on the held-out inputs is within the allowed drop, by bisection on weight bits."""
     if judge.labels is None or judge.counted is None:
         raise InvalidSetting(
-            "A budget of drop= needs labelled data, and a --metric where the network is no classifier. Give them, or use loss=."
+            "A budget of drop= needs labelled data, and a --metric unless the network is a classifier. Give them, or use loss=."
         )
     float_score = judge.of_outputs(judge.reference)[judge.counted]
     allowed = budget.limit(DROP.name)

@@ -11,8 +11,8 @@ from anybit.scheme import Precision, Scheme
 
 @dataclass(frozen=True)
 class Step:
-    """One step up the frontier: `layer` goes to `precision`; `cost` and `loss` are the whole scheme's after it, `price` is the loss that
-    the step gains per unit of cost: the shadow price of a budget that ends here."""
+    """One step up the frontier: `layer` changes to `precision`; `cost` and `loss` are the whole scheme's after it; `price` is the loss
+    saved per unit of cost, the shadow price of a budget that ends here."""
 
     layer: str
     precision: Precision
@@ -23,8 +23,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The lower convex hull of all schemes over one cost: the cheapest scheme (of several the one of least loss) and the steps up from it,
-    whose prices fall. After each step the scheme is the best of all that cost no more; between two, another may be slightly better."""
+    """The lower convex hull of all schemes over one cost: the cheapest scheme (with ties, the one of least loss) and the steps up from it,
+    with falling prices. After each step the scheme is the best at its cost; between two steps, another may be slightly better."""
 
     start: Scheme
     cost: float
@@ -32,19 +32,19 @@ class Frontier:
     steps: tuple[Step, ...]
 
     def scheme(self, steps: int) -> Scheme:
-        """Return the scheme after so many steps."""
+        """Return the scheme after this many steps."""
         return Scheme({**self.start, **{step.layer: step.precision for step in self.steps[:steps]}})
 
     def within(self, limit: float) -> int | None:
-        """How many steps a limit on the cost allows; None where it does not allow the start."""
+        """Return the number of steps within a limit on the cost; None if even the start exceeds it."""
         return None if self.cost > limit else sum(step.cost <= limit for step in self.steps)
 
 
 def frontier(choices: Mapping[str, Sequence[Precision]], losses: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray]) -> Frontier:
-    """Return the best schemes over one cost, without a solver: each layer's own convex hull, their steps merged by loss gained per cost.
+    """Return the best schemes over one cost, without a solver: each layer's own convex hull, their steps merged by loss saved per cost.
 
     With I relaxed to [0, 1] and one limit, this is the exact solution at every limit. Source: Sinha and Zoltners, "The multiple-choice
-    knapsack problem", 1979. Of equals, the earlier layer and the earlier choice come first.
+    knapsack problem", 1979. With ties, the earlier layer and the earlier choice come first.
     """
     hulls = {layer: _hull(losses[layer], costs[layer]) for layer in choices}
     moves = [(price, layer, k) for layer, hull in hulls.items() for k, price in hull[1:]]
@@ -62,7 +62,7 @@ def frontier(choices: Mapping[str, Sequence[Precision]], losses: Mapping[str, np
 
 
 def _hull(losses: np.ndarray, costs: np.ndarray) -> list[tuple[int, float]]:
-    """(index of a choice, loss gained per cost since the one before) from the cheapest choice on, gains falling and above zero."""
+    """Return (index of a choice, loss saved per cost since the previous one) from the cheapest choice on, with falling positive savings."""
     hull: list[tuple[int, float]] = []
     for k in map(int, np.lexsort((losses, costs))):
         if hull and not losses[k] < losses[hull[-1][0]]:

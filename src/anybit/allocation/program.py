@@ -1,12 +1,12 @@
-"""Which layer gets how many bits: an integer program over the sensitivity table.
+"""The bits of each layer from an integer program over the sensitivity table.
 
-    min  sum_l sum_k I_lk loss_lk      s.t.  sum_l sum_k I_lk cost_lk <= budget  (one row a budget),   sum_k I_lk = 1,   I in {0, 1}
+    min  sum_l sum_k I_lk loss_lk      s.t.  sum_l sum_k I_lk cost_lk <= budget  (one row per budget),   sum_k I_lk = 1,   I in {0, 1}
 
-or the paper's form, most gain under a limit on the predicted loss, where the roles of cost and loss are swapped.
+or the paper's form, the largest saving under a limit on the predicted loss, with the roles of cost and loss swapped.
 
 Source: Hubara et al., ICML 2021, eq. 3 to 5. Deviation: several budgets at once; the solver (HiGHS) returns its bound and gap, which are
-kept as a certificate; the next best schemes follow by excluding those already found. Where one cost is to be looked at for every budget at
-once, `frontier` gives the convex hull of all schemes.
+stored as a certificate; the next best schemes follow by excluding the earlier ones. For one cost at every budget at once, `frontier`
+computes the convex hull of all schemes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,23 +24,23 @@ from anybit.errors import InfeasibleBudget, InvalidSetting, UnsupportedModel
 from anybit.networks.cost import CostModel
 from anybit.scheme import Precision, Scheme
 
-# Choices a layer that the integer program starts with; the relaxation's reduced costs tell which, and whether they were enough.
+# Choices per layer that the integer program starts with; the relaxation's reduced costs tell which, and whether they suffice.
 CORE = 5
 
 GAPS, NODES = (1e-4, 1e-3, 1e-2), 10_000
-"""Relative gaps within which the solver proves a scheme, and how many nodes of its search tree it tries each but the last. Layers of like
-sizes and losses of which one outweighs all others can hold it up for half an hour and more at the narrowest, and are solved in a moment at
-the next. Nodes and not seconds: a busy machine, or one that slept meanwhile, gets the same scheme."""
+"""Relative gaps within which the solver proves a scheme, and the number of nodes of its search tree for each but the last. Layers of equal
+sizes, with one loss that outweighs all others, can delay it by half an hour and more at the narrowest gap, and are solved at once at the
+next. Nodes, not seconds, so that a busy machine, or one that slept meanwhile, gets the same scheme."""
 
 SOLVED = (0, 2)
-"""The solver's status where it is done: with the best scheme, or because there is none."""
+"""The solver's status when it is done, with the best scheme or because there is none."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One choice a layer: `losses[layer][k]`, and for every limited quantity `costs[quantity][layer][k]` with its `limits[quantity]`.
+    """One choice per layer: `losses[layer][k]`, and for every limited quantity `costs[quantity][layer][k]` with its `limits[quantity]`.
 
-    `in_words[quantity]` writes a sum of that quantity's costs as the user counts it (fixed parts added, units).
+    `in_words[quantity]` writes a sum of that quantity's costs as users count it (with fixed parts and units).
     """
 
     choices: Mapping[str, Sequence[Precision]]
@@ -52,7 +52,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A scheme, its predicted loss, and its certificate: what was minimized, the value reached, the solver's lower bound on it, and the
+    """A scheme, its predicted loss, and its certificate: the minimized objective, its value, the solver's lower bound on it, and the
     relative gap between the two."""
 
     scheme: Scheme
@@ -63,7 +63,7 @@ class Allocation:
     gap: float
 
     def certificate(self) -> dict[str, Any]:
-        """Return the certificate for the scheme file. It names no time and no machine, so that equal problems give equal files."""
+        """Return the certificate for the scheme file. It contains no time or machine, so that equal problems give equal files."""
         return {
             "solver": "HiGHS through scipy.optimize.milp",
             "objective": self.objective,
@@ -74,7 +74,7 @@ class Allocation:
 
 
 def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityTable, costs: CostModel, budget: Budget | None) -> Problem:
-    """Make the problem of least predicted loss under `budget`'s limits on costs."""
+    """Return the problem of least predicted loss under `budget`'s limits on costs."""
     names = list(choices)
     for name in names:
         if not choices[name]:
@@ -99,7 +99,7 @@ Linear = tuple[dict[str, np.ndarray], float, Callable[[float], str]]
 
 
 def _linear(cost: Cost, limit: float, choices: Mapping[str, Sequence[Precision]], costs: CostModel) -> Linear:
-    """Return (the parts of each layer's choices, what they may sum to, how a sum is written)."""
+    """Return (the parts of each layer's choices, the limit on their sum, a function that writes a sum)."""
     counted = cost.counted
     parts = {name: np.array([float(counted.layer(costs, name, p)) for p in choices[name]]) for name in choices}
     fixed = counted.fixed(costs, choices)
@@ -117,12 +117,13 @@ def _check_limit(cost: Cost, limit: float, costs: CostModel) -> None:
 
 
 def allocate(problem: Problem, objective: Mapping[str, np.ndarray] | None = None, name: str = "least predicted loss") -> Allocation:
-    """The best scheme, proven within the returned gap. `objective` (default: the losses) is minimized instead, for the paper's form."""
+    """Return the best scheme, proven within the returned gap. `objective` (default: the losses) is minimized instead, for the paper's
+    form."""
     return next(best_allocations(problem, objective, name))
 
 
 def least_costs(problem: Problem, cost: Mapping[str, np.ndarray], loss_limit: float) -> Iterator[Allocation]:
-    """Yield the paper's form: schemes of a predicted loss of at most `loss_limit`, from the smallest cost on."""
+    """Yield the paper's form: schemes with a predicted loss of at most `loss_limit`, by rising cost."""
     costs, limits = {**problem.costs, "loss": problem.losses}, {**problem.limits, "loss": loss_limit}
     bounded = Problem(problem.choices, problem.losses, costs, limits, problem.in_words)
     return best_allocations(bounded, cost, "least cost under a loss limit")
@@ -131,9 +132,9 @@ def least_costs(problem: Problem, cost: Mapping[str, np.ndarray], loss_limit: fl
 def best_allocations(
     problem: Problem, objective: Mapping[str, np.ndarray] | None = None, name: str = "least predicted loss"
 ) -> Iterator[Allocation]:
-    """Allocations from the best on; each excludes those before it. Ends when no other scheme fits.
+    """Yield allocations, the best first, each excluding the earlier ones; ends when no other scheme fits.
 
-    Choices that another of the same layer beats in every respect are left out beforehand, so no runner-up uses one either.
+    Choices that another of the same layer beats in every respect are removed beforehand, so that no runner-up uses one either.
     """
     objective = objective or problem.losses
     layers = list(problem.choices)
@@ -157,12 +158,12 @@ def best_allocations(
 
 
 class _Program:
-    """min values x  s.t.  one choice a layer, every limit, none of the excluded schemes; x in {0, 1}.
+    """min values x  s.t.  one choice per layer, every limit, none of the excluded schemes; x in {0, 1}.
 
-    Solved over a core of its columns. The linear relaxation gives each column a reduced cost: no scheme that uses the column can be better
-    than the relaxation's value by less than that. So the core's best scheme is the best of all as soon as it lies closer to the relaxation
-    than any column outside the core; until it does, the core grows to those that could still beat it. (Savelsbergh, "Preprocessing and
-    probing techniques for mixed integer programming problems", 1994: reduced-cost fixing.)
+    Solved over a core of its columns. The linear relaxation gives each column a reduced cost: a scheme that uses the column exceeds the
+    relaxation's value by at least that much. The core's best scheme is therefore the best of all if it lies closer to the relaxation than
+    any column outside the core; until then, the core grows by those that could still beat it. (Savelsbergh, "Preprocessing and probing
+    techniques for mixed integer programming problems", 1994: reduced-cost fixing.)
     """
 
     def __init__(self, values: np.ndarray, owner: np.ndarray, limited: np.ndarray, limits: np.ndarray):
@@ -195,7 +196,7 @@ class _Program:
         return cls(values, np.array([index[layer] for layer, _ in columns]), rows, limits)
 
     def solve(self) -> tuple[np.ndarray, float] | None:
-        """(chosen columns, proven lower bound of every scheme that is not excluded), or None where no scheme is left."""
+        """Return (chosen columns, proven lower bound of every scheme that is not excluded); None if no scheme is left."""
         while self.feasible:
             core = np.flatnonzero(self.reduced <= self.reach)
             everything = len(core) == len(self.values)
@@ -213,11 +214,12 @@ class _Program:
                 outside = np.inf if everything else self.relaxed + self.reach
                 return core[result.x > 0.5], min(float(result.mip_dual_bound), outside) * self.unit
             else:
-                self.reach = (result.fun - self.relaxed) * (1 + 1e-9) + 1e-12  # above what rounding can hide
+                self.reach = (result.fun - self.relaxed) * (1 + 1e-9) + 1e-12  # above rounding errors
         return None
 
     def _solved(self, values: np.ndarray, constraints: list[LinearConstraint]) -> OptimizeResult:
-        """The solver's result within the narrowest of GAPS that it reaches in NODES. A gap that was too narrow once is not tried again."""
+        """Return the solver's result within the narrowest of GAPS that it reaches in NODES. Gaps that were too narrow are not tried
+        again."""
         while True:
             last = self.gap == len(GAPS) - 1
             options = {"mip_rel_gap": GAPS[self.gap]} | ({} if last else {"node_limit": NODES})
@@ -235,7 +237,7 @@ class _Program:
 
 
 def _undominated(problem: Problem, objective: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
-    """Return indices of the choices that no other beats in the objective and in every limited cost: the best scheme needs only these."""
+    """Return indices of the choices that no other beats in the objective and in every limited cost; the best scheme needs only these."""
     table = np.stack([objective[layer], *(problem.costs[quantity][layer] for quantity in problem.limits)])  # [quantities, choices]
     better_or_equal = (table[:, :, None] <= table[:, None, :]).all(0)  # [j, k]: j is nowhere above k
     better = better_or_equal & (table[:, :, None] < table[:, None, :]).any(0)
@@ -244,7 +246,7 @@ def _undominated(problem: Problem, objective: Mapping[str, np.ndarray], layer: s
 
 
 def _why_infeasible(problem: Problem) -> str:
-    """Name the least of each limited quantity, and the layers that need most of it; say where only the combination fails."""
+    """Return an error message with the least of each limited quantity and the layers that need most of it, or on their combination."""
     parts, enough = [], []
     for quantity, limit in problem.limits.items():
         least = {layer: float(problem.costs[quantity][layer].min()) for layer in problem.choices}
@@ -255,6 +257,6 @@ def _why_infeasible(problem: Problem) -> str:
             parts.append(f"The smallest scheme needs {needed}, more than the budget of {allowed} (layers {', '.join(binding)} bind).")
             enough.append(needed)
     if not parts:
-        return "No scheme meets all conditions of the budget together, though each alone can be met. Relax one of them."
+        return "No scheme meets all conditions of the budget together, although each alone can be met. Relax one of them."
     advice = "Allow lower bit-widths (--weight-bits, of 2 or more; in grow --prune), keep fewer layers, or raise the budget to"
     return f"{' '.join(parts)} {advice} {','.join(enough)}."

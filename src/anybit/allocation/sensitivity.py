@@ -1,11 +1,11 @@
-"""Measure what each layer costs in output quality at each bit-width, on held-out unlabelled inputs.
+"""Measure how much each layer's quantization costs in output quality at each bit-width, on held-out unlabelled inputs.
 
-One row a (layer, bits): the distance of the outputs to the float model's (`evaluation.distance`) with this layer at these bits and every
-other one at the base precision, minus that of the base alone. Weights and activations are measured apart; a pair (W, A) is predicted by
-the sum of its two rows unless pairs are measured too. One copy of the network serves all rows: the layer's candidate is swapped in and out.
+One row per (layer, bits): the distance of the outputs to the float model's (`data.tasks.distance`) with this layer at these bits and every
+other one at the base precision, minus that of the base alone. Weights and activations are measured separately; a pair (W, A) is predicted
+by the sum of its two rows unless pairs are measured too. One copy of the network serves all rows: each candidate is swapped in and out.
 
-Source: Hubara et al., ICML 2021, section 3.3. Deviation: the paper measures the loss; on the inputs that the layers were fitted to the
-loss is too kind, so held-out inputs are used, and the divergence to the float outputs needs no labels.
+Source: Hubara et al., ICML 2021, section 3.3. Deviation: the paper measures the loss. On the inputs to which the layers were fitted, the
+loss is too optimistic, so held-out inputs are used; and the divergence from the float outputs needs no labels.
 """
 
 import functools
@@ -29,9 +29,9 @@ Row = tuple[str, Precision]
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """(layer, precision) -> predicted rise of the distance above `floor`, that of the network with every layer at its base.
+    """(layer, precision) -> predicted rise of the distance above `floor`, the distance with every layer at its base.
 
-    `measured` are the rows as measured: W, A and, where asked for, WA.
+    `measured` are the rows as measured: W, A and, if requested, WA.
     """
 
     measured: Mapping[Row, float]
@@ -41,7 +41,7 @@ class SensitivityTable:
     floor: float = 0.0
 
     def loss(self, layer: str, precision: Precision) -> float:
-        """Return the measured row, or the sum of the weights-only and the activations-only one."""
+        """Return the measured row, or the sum of the weights-only and the activations-only row."""
         if (layer, precision) in self.measured:
             return self.measured[layer, precision]
         return sum(self.measured[layer, part] for part in _parts(precision))
@@ -51,7 +51,7 @@ class SensitivityTable:
         return self.floor + sum(self.loss(name, precision) for name, precision in scheme.items())
 
     def to_json(self) -> dict:
-        """Return layer -> precision -> value, with what it was measured on."""
+        """Return layer -> precision -> value, with the conditions of the measurement."""
         rows: dict[str, dict[str, float]] = {}
         for (layer, precision), value in self.measured.items():
             rows.setdefault(layer, {})[str(precision)] = value
@@ -94,11 +94,11 @@ def measure_sensitivity(
     """Measure every row that `choices` (layer -> precisions) needs; `reference` are the float model's outputs on `held_out`.
 
     A row of weights is measured with the layer's activations at the base, a row of activations with its weights there. The `edges` are
-    rounded in every row, as they are in the schemes that the table is for: what that costs is in the floor.
+    rounded in every row, as they are in the resulting schemes; the cost of that is in the floor.
     """
     base_scheme = Scheme({name: options[0] if len(options) == 1 else base for name, options in choices.items()})
 
-    @functools.cache  # made only where a row is not recalled
+    @functools.cache  # only created if a row is not cached
     def at_base() -> nn.Module:
         return round_edges(apply_scheme(prepared, base_scheme, candidates), edges)
 
@@ -113,7 +113,7 @@ def measure_sensitivity(
     measured = {}
     for layer, precision in track(rows_to_measure(choices, pairs), "sensitivity", lambda row: f"{row[0]} {row[1]}"):
         if len(choices[layer]) == 1:
-            measured[layer, precision] = 0.0  # nothing to choose: its loss is in every scheme alike
+            measured[layer, precision] = 0.0  # nothing to choose: its loss is the same in every scheme
             continue
         at = precision
         if not pairs:

@@ -1,4 +1,4 @@
-"""Events of a run: completed with time and stage, and written as one readable line."""
+"""Events of a run: extended by time and stage, and written as one readable line."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +11,7 @@ from anybit.errors import printable
 from anybit.progress import EventListener, tell
 
 Record = Mapping[str, Any]
-"""A complete event: time, event, stage (within one), its own fields, seconds."""
+"""A complete event: time, event, stage (if there is one), its own fields, seconds."""
 
 WIDTH = 200
 """Longest readable line, in characters."""

@@ -35,7 +35,7 @@ class Telling(Settings):
 SHARED = options_of(RunOptions, Telling)
 """Options shared by several verbs."""
 COMMON = options_of(CalibrateSettings) | SHARED
-"""Options that a verb may take by naming a parameter after them."""
+"""Options that a verb takes by naming a parameter after them."""
 
 
 def load_metric(reference: str | None) -> Any:
@@ -72,7 +72,7 @@ class Verb:
         return cls(function, options | {name: COMMON[name] for name in more if name not in options}, groups)
 
     def read(self, context: typer.Context, written: Mapping[str, Any]) -> dict[str, Any]:
-        """Return name -> value of the options given on the command line, or else in the file of --config."""
+        """Return name -> value of the options given on the command line or, failing that, in the file of --config."""
         values = {}
         if written.get("config"):
             from anybit.files.config import read_options

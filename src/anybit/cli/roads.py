@@ -1,4 +1,4 @@
-"""Verbs that make or read networks: calibrate, allocate, grow, train, search, extract, evaluate, inspect."""
+"""Verbs that create or read networks: calibrate, allocate, grow, train, search, extract, evaluate, inspect."""
 
 from functools import partial
 from pathlib import Path

@@ -28,8 +28,9 @@ SHOW_ALL = inspect.Parameter(
 class Outcome(NamedTuple):
     """The outcome of a verb.
 
-    data    printed by --json
-    show    prints it for people (called with False: only the result), or the name of a function of reports.terminal, called with `data`
+    data    what --json prints
+    show    a function that prints it for people (called with False: only the result), or the name of one in reports.terminal, called with
+            `data`
     status  exit status
     """
 
@@ -89,28 +90,33 @@ KEPT = {
     **dict.fromkeys(("calibrate", "allocate", "search", "extract"), "Finished results are kept in the cache"),
     **dict.fromkeys(("grow", "train"), "Finished epochs are kept beside the output"),
 }
-"""verb -> what an interruption leaves."""
+"""verb -> description of what remains after an interruption."""
 
 
 @contextmanager
 def reported_errors(verb: str = "") -> Iterator[None]:
-    """Print anybit's own errors as one line with exit status 2; on Ctrl-C, say what of `verb` is kept, and exit with 130."""
+    """Print anybit's own errors as one line with exit status 2; on Ctrl-C, say what remains of `verb`, and exit with 130."""
     try:
         with as_on_the_command_line():
             yield
     except AnybitError as error:
         print(f"anybit: {printable(str(error))}", file=sys.stderr)
         raise typer.Exit(2) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        print(f"anybit: {printable(' '.join(str(error).split()))} Load the data in the main process: --workers 0.", file=sys.stderr)
+        raise typer.Exit(2) from error  # PyTorch raises it wherever the main process is
     except KeyboardInterrupt as error:
         print(f"anybit: interrupted{_continuation(verb)}", file=sys.stderr)
         raise typer.Exit(130) from error
 
 
 def _continuation(verb: str) -> str:
-    """Say what is kept of an interrupted verb, and the command that continues it."""
+    """Return what remains of an interrupted verb, and the command that continues it."""
     if verb not in KEPT or "--no-cache" in sys.argv:
         return ""
-    anew = "--overwrite" if verb in ("grow", "train") else None  # it would begin the training anew
+    anew = "--overwrite" if verb in ("grow", "train") else None  # it would start the training again
     command = shlex.join(["anybit", *(printable(one) for one in sys.argv[1:] if one != anew)])
     return f". {KEPT[verb]}. This continues:\n  {command}"
 

@@ -12,7 +12,7 @@ from anybit.data.samples import Samples, draw
 from anybit.errors import InvalidSetting
 
 FEW = 256
-"""Pictures in which black is looked for."""
+"""Number of images in which black is looked for."""
 
 
 def augmented(
@@ -23,14 +23,14 @@ def augmented(
     share: tuple[int, int] = (0, 1),
     border: Sequence[float] = (0.0,),
 ) -> Batch:
-    """Mirror or shift each picture of the batch at random; the draws are of the global batch, of which this is a `share`.
+    """Mirror or shift each image of the batch at random; the draws are those of the global batch, of which this is a `share`.
 
-    border   value of each channel, or of all, that shifted pictures are padded with
+    border   padding value of shifted images, for each channel or for all
     """
     inputs, (which, of) = batch.inputs, share
     for kind, pixels in parse_augmentations(augment):
         if not isinstance(inputs, Tensor) or inputs.dim() != 4:
-            raise InvalidSetting(f"augment {augment!r} needs pictures: one 4-d input tensor. Leave it off for this data.")
+            raise InvalidSetting(f"augment {augment!r} needs images: one 4-d input tensor. Leave it off for this data.")
         if kind == "flip":
             flips = torch.rand(global_size, generator=generator)[which::of] < 0.5
             inputs = inputs.clone()
@@ -45,10 +45,10 @@ def augmented(
 
 
 def border_of(samples: Samples, augment: str, border: str, seed: int) -> tuple[float, ...]:
-    """Return the value of each channel, or of all, that shifted pictures are padded with.
+    """Return the padding value of shifted images, for each channel or for all.
 
-    "black" pads as if pixels were padded before they are normalized, which is what networks are trained on; where the normalization is not
-    known, the least value of each channel in a few pictures stands for black. "mean" pads with zeros, the mean of normalized pictures.
+    "black" pads as if before the normalization, as in the training of most networks; if the normalization is unknown, the least value of
+    each channel in a few images counts as black. "mean" pads with zeros, the mean of normalized images.
     """
     if border == "mean" or not any(kind == "crop" for kind, _ in parse_augmentations(augment)):
         return (0.0,)
@@ -63,7 +63,7 @@ def border_of(samples: Samples, augment: str, border: str, seed: int) -> tuple[f
 
 
 def channels_last(batch: Batch) -> Batch:
-    """Put the channels of pictures innermost in memory: convolutions hand the layout on."""
+    """Put the channels of images innermost in memory, a layout that convolutions propagate."""
     if isinstance(batch.inputs, Tensor) and batch.inputs.dim() == 4:
         return replace(batch, inputs=batch.inputs.contiguous(memory_format=torch.channels_last))
     return batch

@@ -1,7 +1,4 @@
-"""A batch is what `forward` takes, plus optional labels; samples become batches here and nowhere else.
-
-The one seeded split into fitting and held-out inputs is made here, once a run.
-"""
+"""A batch: the arguments of `forward`, and optional labels. Samples become batches here and nowhere else."""
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,33 +15,33 @@ from anybit.errors import InvalidInput
 
 Inputs = Tensor | tuple | dict
 IGNORED = -100
-"""The label of a token or place that is not scored, as PyTorch's cross-entropy has it."""
+"""The label of a token or place that is not scored, as in PyTorch's cross-entropy."""
 
 
 class Reader(Protocol):
-    """How a task reads a model's output, and its own scores beside those of `evaluation`."""
+    """Reads the predictions of a task from a model's output, and scores them beyond the task's own scores."""
 
     @property
     def task(self) -> str | None:
-        """The task that the head is for; None where the outputs tell."""
+        """Return the task of the head; None if the outputs decide."""
 
     @property
     def unit(self) -> str:
-        """The unit of a prediction: "samples", or the tokens, texts or windows that a sample has."""
+        """Return the unit of a prediction: "samples", or the tokens, texts or windows of a sample."""
 
     def read(self, output: Any, batch: "Batch") -> Tensor:
-        """Return one row a prediction, of one shape in every batch: it is compared with the float model's, and scored."""
+        """Return one row per prediction, with the same shape in every batch: rows are compared with the float model's, and scored."""
 
     def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Return scores by name; {} if there are none."""
 
     def align(self, labels: Tensor, batch: "Batch") -> Tensor:
-        """Return the labels of the predictions that `read` gives, of those that come with the batch's samples."""
+        """Return the labels of the predictions that `read` returns, from the labels of the batch's samples."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`inputs`: a tensor, a tuple (positional) or a dict (keyword arguments); `labels`: int64 [N] or None.
+    """`inputs`: a tensor, a tuple (positional arguments) or a dict (keyword arguments); `labels`: int64 [N] or None.
 
     `reader` reads the model's output; None reads its first tensor.
     """
@@ -58,7 +55,7 @@ class Batch:
 
     @property
     def mask(self) -> Tensor | None:
-        """bool [N, T]: which of the tokens are real and which padding; None where samples are not padded to one length."""
+        """Return the mask of real tokens, bool [N, T]; None if samples are not padded."""
         mask = self.inputs.get("attention_mask") if isinstance(self.inputs, dict) else None
         return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -79,12 +76,12 @@ class Batch:
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:
-    """Run `model` on the batch and return what the batch's reader reads in its output."""
+    """Run `model` on the batch and return the predictions that the batch's reader reads from its output."""
     return read_output(call(model, batch.inputs), batch)
 
 
 def read_output(output: Any, batch: Batch) -> Tensor:
-    """Return what the batch's reader reads in a model's output on it; one number of one sample is a row, too."""
+    """Return the predictions that the batch's reader reads from a model's output; a single number of one sample is a row, too."""
     if batch.reader is not None:
         return batch.reader.read(output, batch)
     tensor = first_tensor(output)
@@ -92,10 +89,10 @@ def read_output(output: Any, batch: Batch) -> Tensor:
 
 
 def unpadded(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the values of `tensor` at real tokens, by `mask` [N, T]; all of it if its dimensions are not those of tokens.
+    """Return the values of `tensor` at real tokens, by `mask` [N, T]; all of them if its dimensions do not match tokens.
 
-    Tokens run along the last dimension but one, [N, ..., T, features], or are flattened, [N T, features]; what all samples share,
-    [1, ..., T, features], has a real token where any sample has.
+    Tokens are the last dimension but one, [N, ..., T, features], or are flattened, [N T, features]. In a tensor shared by all samples,
+    [1, ..., T, features], a token is real if any sample has one there.
     """
     if mask is None or tensor.dim() < 2:
         return tensor
@@ -110,7 +107,7 @@ def unpadded(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Run `model` on a copy of a batch's inputs, which its forward may write into."""
+    """Run `model` on a copy of a batch's inputs, which its forward may modify."""
     return run(model, map_tensors(inputs, Tensor.clone))
 
 
@@ -123,7 +120,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode inside the block, and every module back into its own mode afterwards."""
+    """Put `model` into evaluation mode inside the block, and restore every module's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -139,7 +136,7 @@ def map_leaves(value: Any, leaf: type | tuple[type, ...], function: Callable[[An
         return function(value)
     if isinstance(value, Mapping):
         return {key: map_leaves(item, leaf, function) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple, whose own class may check its fields
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple, whose class may check its fields
         named: Any = type(value)
         return named._make(map_leaves(item, leaf, function) for item in value)
     if isinstance(value, (tuple, list)):
@@ -166,7 +163,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def first_tensor(value: Any) -> Tensor:
-    """Return the first tensor in `value`: the logits, where a model gives several outputs."""
+    """Return the first tensor in `value`: the logits, if a model has several outputs."""
     tensors = tensors_in(value)
     if not tensors:
         raise InvalidInput(f"No tensor in a {type(value).__name__}: inputs and outputs must hold at least one.")
@@ -174,15 +171,15 @@ def first_tensor(value: Any) -> Tensor:
 
 
 def join(batches: list[Batch]) -> Batch:
-    """All `batches` as one."""
+    """Join all `batches` into one."""
     flat = [iter(tensors) for tensors in zip(*(tensors_in(batch.inputs) for batch in batches), strict=True)]
     joined = iter([torch.cat(list(tensors)) for tensors in flat])
     return Batch(map_tensors(batches[0].inputs, lambda _: next(joined)), None, batches[0].reader)
 
 
 def padded(items: list, labels: list) -> tuple[list, list]:
-    """Pad texts of several lengths, dictionaries with an attention_mask [T], and labels of their tokens at the end: with zeros, which the
-    mask excludes, and IGNORED. Return all else as it is."""
+    """Pad texts of different lengths, dictionaries with an attention_mask [T], and labels of their tokens at the end: with zeros, which the
+    mask excludes, and IGNORED. All else is returned unchanged."""
     if not all(isinstance(item, Mapping) and getattr(item.get("attention_mask"), "ndim", 0) == 1 for item in items):
         return items, labels
     columns = {name: _to_one_length([item[name] for item in items], 0) for name in items[0] if all(name in item for item in items)}
@@ -190,7 +187,7 @@ def padded(items: list, labels: list) -> tuple[list, list]:
 
 
 def _to_one_length(values: list, fill: int) -> list:
-    """Pad arrays that differ in their first dimension alone."""
+    """Pad arrays that only differ in their first dimension."""
     if not all(isinstance(value, (Tensor, np.ndarray)) and value.ndim for value in values) or len({len(value) for value in values}) < 2:
         return values
     tensors, longest = [torch.as_tensor(value) for value in values], max(map(len, values))
@@ -203,7 +200,7 @@ def stacked(items: list) -> Any:
         return default_collate(padded(items, [])[0])
     except TypeError as error:
         raise InvalidInput(
-            f"The samples cannot be made a batch: {error}. Give tensors, tuples or dicts, or a loader's collate_fn."
+            f"The samples cannot be joined into a batch: {error}. Give tensors, tuples or dicts, or a loader's collate_fn."
         ) from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())
@@ -211,21 +208,21 @@ def stacked(items: list) -> Any:
 
 
 def _same_shape(items: list) -> str:
-    """Return how samples of these kinds get one shape."""
+    """Return advice on giving samples of these kinds one shape."""
     sizes = {tuple(tensor.shape) for tensor in tensors_in(items)}
     if any(len(size) == 3 and size[0] in (1, 3, 4) for size in sizes):
-        return "Give all the same shape (--size for pictures)."
+        return "Give all the same shape (--size for images)."
     if any(len(size) == 1 for size in sizes):
         return "Give all the same length, or texts as dictionaries with an attention_mask [T], which are padded."
     return "Give all the same shape."
 
 
 def check_finite(batches: Iterable[Batch]) -> None:
-    """Raise InvalidInput if an input contains NaN or infinity, or a sample only padding."""
+    """Raise InvalidInput if an input contains NaN or infinity, or if a sample is only padding."""
     for index, batch in enumerate(batches):
         if batch.mask is not None and not batch.mask.any(1).all():
             sample = int(torch.nonzero(~batch.mask.any(1))[0])
-            raise InvalidInput(f"Batch {index} of the data holds a sample that is all padding (sample {sample}). Leave empty texts out.")
+            raise InvalidInput(f"Batch {index} of the data holds a sample that is only padding (sample {sample}). Leave empty texts out.")
         check_numbers(index, batch)
 
 

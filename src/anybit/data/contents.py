@@ -1,4 +1,4 @@
-"""A digest of all the samples of a data set, inputs and labels: whether it is the one that stored work was done on."""
+"""A digest of all samples of a data set, inputs and labels, to tell whether stored work was done on it."""
 
 import hashlib
 import random
@@ -9,15 +9,15 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from anybit.data.batches import stacked, tensors_in
+from anybit.data.reading import whole
 from anybit.data.samples import Samples
-from anybit.errors import InvalidInput
 from anybit.files.contents import contents_of, digest
 
 AT_ONCE = 16
-"""Samples that are read at once."""
+"""Number of samples that are read at once."""
 
 
 @runtime_checkable
@@ -31,29 +31,20 @@ class Digested(Protocol):
 def contents_of_samples(samples: Samples) -> str:
     """Return a SHA-256 over all samples.
 
-    Arrays and files are hashed as they lie there. Of any other data set each item is loaded once, with all generators seeded; where inputs
-    differ all the same, which are then drawn anew in every epoch, the labels alone count.
+    Arrays and files are hashed directly. Of any other data set each item is loaded once, with all generators seeded; if inputs still
+    differ, because they are drawn in every epoch, only the labels count.
     """
     samples = samples.on("cpu")
-    dataset, indices = _whole(samples.dataset)
+    dataset, indices = whole(samples.dataset)
     if samples.collate is stacked and type(dataset) is TensorDataset:
         return contents_of([indices, *dataset.tensors])
     if samples.collate is stacked and isinstance(dataset, Digested):
         return contents_of([indices, dataset.contents_digest()])
     with_inputs = _first(samples) == _first(samples)
-    whole = hashlib.sha256()
+    digests = hashlib.sha256()
     for tensors in _read(samples, with_inputs):
-        whole.update(tensors.encode())
-    return whole.hexdigest()
-
-
-def _whole(dataset: object) -> tuple[object, list[int] | None]:
-    """(the data set under subsets, which of its samples; None for all)."""
-    if not isinstance(dataset, Subset):
-        return dataset, None
-    inner, indices = _whole(dataset.dataset)
-    own = [int(index) for index in dataset.indices]
-    return inner, own if indices is None else [indices[index] for index in own]
+        digests.update(tensors.encode())
+    return digests.hexdigest()
 
 
 def _first(samples: Samples) -> list[str]:
@@ -61,23 +52,15 @@ def _first(samples: Samples) -> list[str]:
 
 
 def _read(samples: Samples, with_inputs: bool) -> Iterator[str]:
-    """Yield a digest of each batch. Raise InvalidInput where the data ends before its length."""
-    seen = 0
+    """Yield a digest of each batch."""
     with _seeded():
-        try:
-            for batch in samples.batches(AT_ONCE):
-                seen += len(batch)
-                yield digest(tensors_in([batch.inputs if with_inputs else [], batch.labels]))
-        except IndexError as error:
-            raise InvalidInput(
-                f"The training data ended after {seen} of {len(samples)} samples: it has fewer than its length says, or its __getitem__ is "
-                f"at fault ({error}). Repair it."
-            ) from error
+        for batch in samples.batches(AT_ONCE):
+            yield digest(tensors_in([batch.inputs if with_inputs else [], batch.labels]))
 
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Seed every generator that data sets draw from inside the block, and put each back afterwards."""
+    """Seed every generator that data sets use inside the block, and restore all afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

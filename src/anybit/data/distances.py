@@ -1,4 +1,4 @@
-"""Distances of a network's outputs to the float network's: divergences of classes and of labels, squared errors of numbers."""
+"""Distances between a network's outputs and the float network's: divergences of classes and labels, squared errors of numbers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,41 +11,41 @@ from torch import Tensor
 from anybit.data.outputs import OutputReader
 
 NUMBERS = 2**24
-"""Outputs whose distance or loss is computed at once, in double precision: a vocabulary makes many."""
+"""Numbers of outputs whose distance or loss is computed at once, in double precision: large vocabularies need chunks."""
 TINY = 1e-7
-"""The least probability that a logarithm is taken of: float32 tells no smaller one from one in 1 - p."""
+"""The least probability whose logarithm is taken: float32 cannot distinguish smaller ones in 1 - p."""
 
 
 def are_probabilities(outputs: Tensor) -> bool:
-    """Return whether each row holds probabilities of classes: none is negative, and they sum up to one. A softmax is at the end then."""
+    """Return whether each row holds class probabilities, non-negative with sum one: the network ends in a softmax."""
     if outputs.shape[-1] < 2 or not outputs.numel():
         return False
     return all(bool((some >= 0).all() and ((some.sum(-1) - 1).abs() < 1e-3).all()) for some in (outputs[:1], outputs))
 
 
 def are_log_probabilities(outputs: Tensor) -> bool:
-    """Return whether each row holds logarithms of probabilities that sum up to one: a log-softmax is at the end."""
+    """Return whether each row holds logarithms of class probabilities with sum one: the network ends in a log-softmax."""
     return outputs.shape[-1] > 1 and bool((outputs <= 0).all()) and are_probabilities(outputs.exp())
 
 
 def lie_in_unit_interval(outputs: Tensor) -> bool:
-    """Return whether all outputs lie between 0 and 1, and not all are one number: a sigmoid is at the end, or they are shares."""
+    """Return whether all outputs lie between 0 and 1 and are not all equal: the network ends in a sigmoid, or returns shares."""
     least, most = outputs.aminmax()
     return bool(0 <= least < most <= 1)
 
 
 def log_probabilities(outputs: Tensor) -> Tensor:
-    """Return logits of which `outputs`, probabilities, are the softmax."""
+    """Return logits whose softmax is `outputs`, which are probabilities."""
     return outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log()
 
 
 def as_logits(outputs: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (outputs, reference) as logits, where the reference is probabilities; as they are otherwise."""
+    """Return (outputs, reference) as logits if the reference holds probabilities; else unchanged."""
     return (log_probabilities(outputs), log_probabilities(reference)) if are_probabilities(reference) else (outputs, reference)
 
 
 class Distance(Protocol):
-    """How far outputs [N, ...] are from those of the float network. `key` is its name in a report."""
+    """A distance of outputs [N, ...] from those of the float network. `key` is its name in a report."""
 
     key: str
 
@@ -53,18 +53,18 @@ class Distance(Protocol):
         """Measure each sample in double precision, [N]."""
 
     def loss(self, outputs: Tensor, reference: Tensor, whole: Tensor | None = None) -> Tensor:
-        """Measure all at once, differentiable and in the outputs' own precision. Of a chunk of the samples, whose `whole` reference is
-        given: its part in the loss of all, so that the losses of chunks sum up to it."""
+        """Measure all samples at once, differentiable and in the outputs' own precision. For a chunk of samples, `whole` is the reference
+        of all: the result is then the chunk's part, and the parts of all chunks add up to the loss."""
 
     def distilled(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """Return the training loss towards a teacher's outputs."""
 
     def further(self, outputs: Tensor, reference: Tensor) -> dict[str, float]:
-        """Measure what else a report tells beside the distance."""
+        """Measure further numbers that a report states beside the distance."""
 
 
 class Divergence:
-    """KL divergence of a sample's classes, whose logits the outputs are; the mean of several where a sample has several."""
+    """KL divergence of a sample's classes, with logits as outputs; the mean if a sample has several rows."""
 
     key = "kl"
 
@@ -74,8 +74,8 @@ class Divergence:
 
     def _of_some(self, outputs: Tensor, reference: Tensor) -> Tensor:
         log_p, log_q = F.log_softmax(reference, -1), F.log_softmax(outputs, -1)
-        terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0)  # a class that both rule out adds nothing
-        return terms.sum(-1).clamp_min(0).reshape(len(outputs), -1).mean(1)  # rounding alone can make it -1e-17
+        terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0)  # a class that both exclude adds nothing
+        return terms.sum(-1).clamp_min(0).reshape(len(outputs), -1).mean(1)  # rounding errors can make it -1e-17
 
     def loss(self, outputs: Tensor, reference: Tensor, whole: Tensor | None = None) -> Tensor:
         share = 1.0 if whole is None else len(reference) / len(whole)
@@ -113,7 +113,7 @@ class SquaredError:
 
 
 class ChannelDivergence(Divergence):
-    """The same of outputs [N, classes, ...]: the mean over a sample's places."""
+    """KL divergence for outputs [N, classes, ...], averaged over a sample's places."""
 
     def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return super().of_samples(outputs.movedim(1, -1), reference.movedim(1, -1))
@@ -129,7 +129,7 @@ class ChannelDivergence(Divergence):
 
 
 class BinaryDivergence:
-    """KL divergence of labels that are there or not, whose logits or probabilities the outputs are: the mean over a sample's labels."""
+    """KL divergence of independent binary labels, with logits or probabilities as outputs, averaged over a sample's labels."""
 
     key = "kl"
 
@@ -137,7 +137,9 @@ class BinaryDivergence:
         if lie_in_unit_interval(reference if whole is None else whole):
             outputs, reference = outputs.clamp(0, 1).logit(TINY), reference.logit(TINY)
         p, excess = reference.sigmoid(), F.softplus(outputs) - F.softplus(reference)
-        return (excess - p * (outputs - reference)).clamp_min(0)  # p log(p/q) + (1-p) log((1-p)/(1-q)); rounding alone makes it negative
+        return (excess - p * (outputs - reference)).clamp_min(
+            0
+        )  # p log(p/q) + (1-p) log((1-p)/(1-q)); rounding errors can make it negative
 
     def of_samples(self, outputs: Tensor, reference: Tensor) -> Tensor:
         return self._terms(outputs.double(), reference.double()).reshape(len(outputs), -1).mean(1)
@@ -159,9 +161,9 @@ DIVERGENCE, CHANNEL_DIVERGENCE, BINARY_DIVERGENCE, SQUARED_ERROR = Divergence(),
 
 @dataclass(frozen=True)
 class WeightedErrors:
-    """Squared errors of several outputs, each divided by the mean square of its own reference: their mean by weight.
+    """Squared errors of several outputs, each divided by the mean square of its own reference, averaged by weight.
 
-    An output that is zero in all the reference counts for nothing: there is nothing to divide by.
+    An output whose reference is all zero is ignored: there is nothing to divide by.
     """
 
     reader: OutputReader
@@ -194,11 +196,11 @@ class WeightedErrors:
 
 
 def in_parts(outputs: Tensor, beside: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split both into runs of samples whose outputs have at most NUMBERS numbers."""
+    """Split both into runs of samples with at most NUMBERS numbers in `outputs`."""
     count = max(1, NUMBERS // max(1, outputs[:1].numel()))
     return zip(outputs.split(count), beside.split(count), strict=True)
 
 
 def agreement(outputs: Tensor, reference: Tensor) -> float:
-    """Return the percentage of samples whose top-1 class is the reference's."""
+    """Return the percentage of samples whose top-1 class equals the reference's."""
     return 100 * float((outputs.argmax(-1) == reference.argmax(-1)).double().mean())

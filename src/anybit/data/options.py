@@ -1,4 +1,4 @@
-"""The options of data and their grammar: tasks, augmentations of pictures, columns of texts. Imports no torch."""
+"""The options of data and their grammar: tasks, augmentations of images, columns of texts. Imports no torch."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -20,11 +20,11 @@ ROLES = {
     "context": ("context",),
     "answers": ("answers",),
 }
-"""Roles of columns, and the names that each goes by if the user names none."""
+"""Roles of columns, and the column names that stand for each by default."""
 
 
 def parse_outputs(items: Sequence[str]) -> dict[str, float]:
-    """Parse texts like "boxes" or "boxes=0.5" into an output's name or number -> its weight."""
+    """Parse texts like "boxes" or "boxes=0.5" into name or index of an output -> weight."""
     outputs = {}
     for item in items:
         name, separator, weight = item.partition("=")
@@ -54,7 +54,7 @@ def parse_augmentations(text: str) -> list[tuple[str, int]]:
 
 
 def parse_columns(text: str | None) -> dict[str, str | int]:
-    """Return role -> column's name, or its number."""
+    """Parse "text=sentence,label=2" into role -> name or index of a column."""
     columns: dict[str, str | int] = {}
     for assignment in text.split(",") if text else ():
         role, separator, column = assignment.partition("=")

@@ -1,4 +1,4 @@
-"""The tensors of a network's output: which of them are compared, by name and weight, and how they become one row a sample."""
+"""The tensors of a network's output: which of them are compared, by name and weight, and how they become one row per sample."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from anybit.errors import InvalidSetting, UnsupportedModel
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor of the output: its name, its place among all of them, one sample's shape [rows a sample, ...], and its weight."""
+    """One tensor of the output: its name, its index among all of them, one sample's shape [rows per sample, ...], and its weight."""
 
     name: str
     place: int
@@ -25,20 +25,20 @@ class Output:
 
 @dataclass(frozen=True)
 class OutputReader:
-    """Read the chosen tensors of an output: one as it is, several as [N, numbers of a sample]."""
+    """Read the chosen tensors of an output: a single one unchanged, several as [N, numbers per sample]."""
 
     outputs: tuple[Output, ...]
     task = None
     unit = "samples"
 
     def read(self, output: Any, batch: Batch) -> Tensor:
-        """Return the tensors of a network's output, flattened and joined. Raise UnsupportedModel where one lacks rows for each sample."""
+        """Return the tensors of a network's output, flattened and joined. Raises UnsupportedModel if one lacks rows for each sample."""
         tensors, count = tensors_in(output), len(batch)
         for one in self.outputs:
             shape = _shape_of_sample(tensors[one.place], count) if one.place < len(tensors) else None
             if shape is None or (len(self.outputs) > 1 and shape != one.shape):
                 raise UnsupportedModel(
-                    f"Output {one.name} has {list(one.shape)} numbers a sample on the first inputs, and on others "
+                    f"Output {one.name} has shape {list(one.shape)} per sample on the first inputs, and on others "
                     f"{'none' if shape is None else list(shape)}. Leave it out: --outputs names those that are compared."
                 )
         if len(self.outputs) == 1:
@@ -46,7 +46,7 @@ class OutputReader:
         return torch.cat([tensors[one.place].reshape(count, -1) for one in self.outputs], 1)
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Return the tensors that `read` has joined, as the network gave them."""
+        """Split joined `rows` into the tensors that the network returned."""
         if len(self.outputs) == 1:
             return (rows,)
         parts = rows.split([math.prod(one.shape) for one in self.outputs], 1)
@@ -78,17 +78,17 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def output_reader(model: nn.Module, batches: Sequence[Batch], chosen: Mapping[str, float]) -> tuple[OutputReader | None, dict[str, str]]:
-    """Return (the reader of a network's output, name -> why it is not compared, of each other one).
+    """Return (the reader of a network's output, name -> reason for each output that is not compared).
 
-    model    may change in its passes: give a copy
-    batches  one or two, of different numbers of samples: a tensor whose rows do not follow their number is not one of samples
-    chosen   name or place -> weight; without any, all that can be compared are
+    model    may change in its passes: pass a copy
+    batches  one or two, with different numbers of samples: a tensor whose rows do not follow their number has no samples
+    chosen   name or index -> weight; if empty, all that can be compared
 
-    The reader is None where the output is one tensor, or its first is all that can be compared. Raises InvalidSetting where a name is
-    none, or not of an output that can be compared.
+    The reader is None if the output is one tensor, or only its first can be compared. Raises InvalidSetting if a name is unknown, or
+    belongs to an output that cannot be compared.
     """
     passes = []
-    with evaluating(model), suppress(Exception):  # a model's own checks raise whatever they like, and are named later
+    with evaluating(model), suppress(Exception):  # a model's own checks may raise any error, which is reported later
         for batch in batches:
             passes.append(list(named_tensors(call(model, batch.inputs))))
     if not passes or (len(passes[0]) < 2 and not chosen):
@@ -108,19 +108,19 @@ def output_reader(model: nn.Module, batches: Sequence[Batch], chosen: Mapping[st
 
 
 def _shape_of_sample(tensor: Tensor, count: int) -> tuple[int, ...] | None:
-    """Return [rows a sample, ...] of a tensor of `count` samples; None where its rows are none of samples."""
+    """Return [rows per sample, ...] of a tensor of `count` samples; None if its rows do not belong to samples."""
     if not tensor.dim() or not count or len(tensor) % count:
         return None
     return len(tensor) // count, *tensor.shape[1:]
 
 
 def _why_not(tensor: Tensor, count: int, beside: Sequence[Tensor], counts: Sequence[int]) -> str | None:
-    """Return why an output cannot be compared; None where it can. `beside` are the same one on other numbers of samples."""
+    """Return why an output cannot be compared, or None. `beside` is the same output for other numbers of samples."""
     shape = _shape_of_sample(tensor, count)
     if not tensor.is_floating_point():
         return f"{tensor.dtype}".removeprefix("torch.")
     if shape is None or any(_shape_of_sample(other, number) != shape for other, number in zip(beside, counts, strict=True)):
-        return f"{list(tensor.shape)} for {count} inputs, not so many rows an input"
+        return f"{list(tensor.shape)} for {count} inputs, no fixed number of rows per input"
     if not torch.isfinite(tensor).all():
         return "holds NaN or infinity"
     return None if tensor.numel() else "is empty"
@@ -129,7 +129,7 @@ def _why_not(tensor: Tensor, count: int, beside: Sequence[Tensor], counts: Seque
 def _chosen(
     possible: Mapping[str, Output], others: Mapping[str, str], names: Sequence[str], chosen: Mapping[str, float]
 ) -> tuple[Output, ...]:
-    """Return the outputs that `chosen` names, each with its weight; all that are possible where it names none."""
+    """Return the outputs named by `chosen`, each with its weight; all possible ones if it is empty."""
     if not chosen:
         return tuple(possible.values())
     weights = {}
@@ -138,6 +138,6 @@ def _chosen(
         if own in others:
             raise InvalidSetting(f"--outputs {name!r} cannot be compared: {others[own]}. Choose from {', '.join(possible) or 'none'}.")
         if own not in possible:
-            raise InvalidSetting(f"--outputs {name!r} is no output of the network. Choose from {', '.join(possible)}.")
+            raise InvalidSetting(f"--outputs {name!r} is not an output of the network. Choose from {', '.join(possible)}.")
         weights[own] = weight
     return tuple(Output(one.name, one.place, one.shape, weights[name]) for name, one in possible.items() if name in weights)

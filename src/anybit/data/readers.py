@@ -1,4 +1,4 @@
-"""Readers of each kind of head: one row a prediction, without padding, with the labels and scores of these rows."""
+"""Readers of each kind of head: one row per prediction, without padding, with the labels and scores of these rows."""
 
 import re
 import string
@@ -14,7 +14,7 @@ from anybit.data.batches import Batch, first_tensor
 from anybit.data.texts import Questions, gold_answers
 
 RULED_OUT = -1e4
-"""A logit whose exponential is zero in float32, and that no arithmetic makes NaN, as infinity would."""
+"""A logit with exponential zero in float32 that, unlike infinity, no arithmetic turns into NaN."""
 
 
 class FirstOutput:
@@ -36,7 +36,7 @@ class FirstOutput:
 
 
 class AnyOutput(FirstOutput):
-    """Values of a head that no task is known of: the first tensor of the output, [N, ...], or [tokens, ...] without padding."""
+    """Values of a head of no known task: the first tensor of the output, [N, ...], or [tokens, ...] without padding."""
 
     def read(self, output: Any, batch: Batch) -> Tensor:
         values = first_tensor(output)
@@ -45,7 +45,7 @@ class AnyOutput(FirstOutput):
 
 
 class TokenOutputs(FirstOutput):
-    """Classes of each token, [tokens, classes]; padding left out."""
+    """Classes of each token, [tokens, classes], without padding."""
 
     unit = "tokens"
 
@@ -56,13 +56,13 @@ class TokenOutputs(FirstOutput):
         return labels if labels.dim() == 1 else self._flat(labels, batch)
 
     def _flat(self, tokens: Tensor, batch: Batch) -> Tensor:
-        """Return [tokens, ...] of a tensor [N, T, ...]."""
+        """Return a tensor [N, T, ...] as [tokens, ...]."""
         mask = token_mask(tokens, batch)
         return tokens.flatten(0, 1) if mask is None else tokens[mask]
 
 
 class NextTokens(TokenOutputs):
-    """A causal language model: logits of the next token at every token but the last, [N (T - 1), vocabulary]; padding left out."""
+    """A causal language model: logits of the next token at every token but the last, [N (T - 1), vocabulary], without padding."""
 
     def __init__(self) -> None:
         super().__init__("language-model")
@@ -72,7 +72,7 @@ class NextTokens(TokenOutputs):
         return logits.flatten(0, 1) if batch.mask is None else logits[batch.mask[:, 1:]]
 
     def align(self, labels: Tensor, batch: Batch) -> Tensor:
-        """Take labels [N, T] as transformers does: those of the tokens themselves."""
+        """Shift labels [N, T] as transformers does: they are the tokens themselves."""
         if labels.dim() == 1:
             return labels
         return labels[:, 1:].flatten() if batch.mask is None else labels[:, 1:][batch.mask[:, 1:]]
@@ -86,9 +86,9 @@ class Detections(FirstOutput):
 
 
 class SentenceEmbedding(FirstOutput):
-    """One vector a sentence, a picture or a sound, [N, features]: the mean of its tokens', padding left out, or the first one.
+    """One vector per sentence, image or sound, [N, features]: the mean of its tokens, without padding, or the first one.
 
-    Where the output has embeddings of its own, of a text and a picture, they are taken instead, one after the other.
+    If the output has embeddings of its own, of a text and an image, these are taken instead, one after the other.
     """
 
     unit = "texts"
@@ -117,15 +117,15 @@ class SentenceEmbedding(FirstOutput):
 
 
 def _own_embeddings(output: Any) -> list[Tensor]:
-    """Return the entries of the output that are embeddings [N, features] by their name."""
+    """Return the output's entries that are embeddings [N, features] by name."""
     named = output.items() if isinstance(output, Mapping) else ()
     return [value for name, value in named if name.endswith("_embeds") and isinstance(value, Tensor) and value.dim() == 2]
 
 
 def token_mask(tokens: Tensor, batch: Batch) -> Tensor | None:
-    """bool [N, T]: which tokens of a tensor [N, T, ...] that the network gives are real; None where the inputs do not tell.
+    """Return the mask, bool [N, T], of the real tokens in an output tensor [N, T, ...]; None if the inputs have none.
 
-    An encoder-decoder gives those of its decoder.
+    For an encoder-decoder, the tokens are its decoder's.
     """
     inputs = batch.inputs if isinstance(batch.inputs, dict) else {}
     mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
@@ -133,9 +133,9 @@ def token_mask(tokens: Tensor, batch: Batch) -> Tensor | None:
 
 
 class Answers(FirstOutput):
-    """Extractive question answering: logits of the first and the last token, [N, 2, length]; padding is ruled out.
+    """Extractive question answering: logits of the first and the last token, [N, 2, length], with padding ruled out.
 
-    `questions` are the data set whose windows the labels number; without it nothing can be scored.
+    `questions` is the data set whose windows the labels number; without it, nothing can be scored.
     """
 
     unit = "windows"
@@ -151,7 +151,7 @@ class Answers(FirstOutput):
         return torch.nn.functional.pad(logits, (0, self.length - logits.shape[-1]), value=RULED_OUT)
 
     def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Return exact match and F1 in percent, over the questions that any of these windows is of."""
+        """Return exact match and F1 in percent, over the questions to which these windows belong."""
         if self.questions is None:
             return {}
         windows, rows = self.questions.windows, self.questions.rows
@@ -164,7 +164,7 @@ class Answers(FirstOutput):
         scores = []
         for example, (_, text) in best.items():
             accepted = gold_answers(rows[example]["answers"])
-            assert accepted is not None, "Questions takes no other answers"
+            assert accepted is not None, "Questions accepts no other answers"
             scores.append(answer_scores(text, accepted))
         exact, overlap = zip(*scores, strict=True)
         return {"exact": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(overlap))}
@@ -173,8 +173,8 @@ class Answers(FirstOutput):
 def best_answer(
     start: np.ndarray, end: np.ndarray, offsets: Sequence[tuple[int, int] | None], context: str, longest: int, best: int
 ) -> tuple[float, str]:
-    """Return (sum of its logits, text) of the likeliest answer of at most `longest` tokens, among the `best` starts and ends; "" if
-    none."""
+    """Return (sum of its logits, text) of the likeliest answer with at most `longest` tokens, among the `best` starts and ends; "" if there
+    is none."""
     places = {index: place for index, place in enumerate(offsets) if place is not None}
     starts = sorted(places, key=lambda index: -start[index])[:best]
     ends = sorted(places, key=lambda index: -end[index])[:best]
@@ -186,9 +186,9 @@ def best_answer(
 
 
 def answer_scores(text: str, accepted: Sequence[str]) -> tuple[float, float]:
-    """Return (1 if it is one of those accepted, share of words in common as F1), the best over those accepted.
+    """Return (1 if it is an accepted answer, F1 of common words), the best over the accepted ones.
 
-    Compared in lower case, without punctuation and articles, as SQuAD's own measure does (Rajpurkar et al., EMNLP 2016, section 6.1).
+    Compared in lower case, without punctuation and articles, as in SQuAD's own measure (Rajpurkar et al., EMNLP 2016, section 6.1).
     """
     words = _words(text)
     return max(float(words == _words(one)) for one in accepted), max(_overlap(words, _words(one)) for one in accepted)

@@ -1,6 +1,6 @@
 """Samples: a data set, drawn and split by seed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, cast
@@ -8,22 +8,24 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from anybit.data.batches import Batch, Reader, padded, stacked
+from anybit.data.reading import Batches, length_of, loaded, name_of, reading
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.files.contents import contents_of
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A data set whose items are an input, or several and a label at the end; `labelled` says which.
+    """A data set whose items are an input, or several and finally a label; `labelled` says which.
 
-    `workers` processes load them, which changes nothing but speed, unless the data set draws at random: each worker draws from `seed`
-    and its own number. `collate` makes a batch of items, as a DataLoader's collate_fn does. `split` says of an item, or of what a `collate`
-    of the user's own makes, what its inputs and its label are, where its order does not. `loading` are other arguments for the
-    DataLoader; `reader` reads the model's output on them. `black` is the value of a black pixel in each channel, or in all, where it is
-    known. An array data set answers whole batches through `__getitems__`.
+    `workers` processes load them; their number affects only speed, unless the data set draws at random: each worker draws from `seed` and
+    its own number. `collate` makes a batch of items, as a DataLoader's collate_fn does. `split` returns (inputs, label) of an item, or of
+    the result of a custom `collate`, if their order does not say it. `loading` are further arguments for the DataLoader; `reader` reads the
+    model's output for these samples. `black` is the value of a black pixel in each channel, or in all, if known. An array data set returns
+    whole batches through `__getitems__`. `name` is the data set's name in messages.
+    `classes`: labels are class numbers, although they are stored as floats or in a column.
     """
 
     dataset: Dataset | Sequence
@@ -36,12 +38,14 @@ class Samples:
     reader: Reader | None = None
     split: Callable[[Any], tuple[Any, Any]] | None = None
     black: tuple[float, ...] | None = None
+    name: str = ""
+    classes: bool = False
 
     def __len__(self) -> int:
-        return len(cast(Sized, self.dataset))
+        return length_of(self.dataset, self.name)
 
     def on(self, device: str) -> "Samples":
-        """Return the same samples, their batches on `device`."""
+        """Return the samples with their batches on `device`."""
         return replace(self, device=device)
 
     def subset(self, indices: Sequence[int]) -> "Samples":
@@ -49,20 +53,22 @@ class Samples:
         return replace(self, dataset=Subset(cast(Dataset, self.dataset), list(indices)))
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Yield all samples in order, `size` at a time; one that would be left alone comes with those before it, since some networks take
-        a batch of one for none (`squeeze()`)."""
+        """Yield all samples in order, `size` at a time. A sample that would be left alone joins the batch before it, since some networks
+        break on batches of one (`squeeze()`)."""
         if size < 1 or self.workers < 0:
             raise InvalidSetting(f"batch size {size} must be at least 1 and workers {self.workers} at least 0.")
         generator = torch.Generator().manual_seed(self.seed)
-        options: dict[str, Any] = {"num_workers": self.workers, "collate_fn": self._collate, "generator": generator, **self.loading}
-        for batch in DataLoader(cast(Dataset, self.dataset), batch_sampler=_parts(len(self), size), **options):
+        batches = Batches(self.dataset, _parts(len(self), size), self._collate, self.name)
+        for batch in loaded(batches, self.workers, generator=generator, **self.loading):
             labels, reader = batch.labels if self.labelled else None, batch.reader or self.reader
             if reader is not None and labels is not None:
                 labels = reader.align(labels, batch)
+            if self.classes and labels is not None:
+                labels = class_numbers(labels)
             yield replace(batch, labels=labels, reader=reader).to(self.device)
 
     def by_length(self) -> "Samples":
-        """Sort the samples by length, where the data set gives lengths, so that batches are padded less."""
+        """Return the samples sorted by length, if the data set knows lengths, so that batches need less padding."""
         lengths = _lengths(self.dataset)
         return self if lengths is None else self.subset(sorted(range(len(self)), key=lambda index: lengths[index]))
 
@@ -71,7 +77,7 @@ class Samples:
             return items
         if self.split is not None:
             return self._split(items)
-        inputs, labels = self.collate(items), None
+        inputs, labels = self._collated(items), None
         if isinstance(inputs, Mapping) and "labels" in inputs:  # the names that transformers' collators use
             inputs = dict(inputs)
             return Batch(inputs, _as_labels(inputs.pop("labels")))
@@ -80,6 +86,12 @@ class Samples:
             inputs, labels = inputs[0] if len(inputs) == 1 else inputs, _as_labels(labels)
         return Batch(_as_inputs(inputs), labels)
 
+    def _collated(self, items: list) -> Any:
+        if self.collate is stacked:
+            return stacked(items)
+        with reading(f"The collate_fn of {self.name or name_of(self.dataset)}", "Repair it."):
+            return self.collate(items)
+
     def _split(self, items: list) -> Batch:
         assert self.split is not None
         if self.collate is stacked:
@@ -87,30 +99,58 @@ class Samples:
             own, labels_of_own = padded([own for own, _ in pairs], [label for _, label in pairs])
             inputs, labels = stacked(own), stacked(labels_of_own) if self.labelled else None
         else:
-            inputs, labels = self.split(self.collate(items))
+            inputs, labels = self.split(self._collated(items))
         return Batch(_as_inputs(inputs), _as_labels(labels) if self.labelled else None)
 
 
 def _as_inputs(inputs: Any) -> Any:
-    """Return inputs as a forward takes them: one tensor, a tuple of several, or a dictionary."""
+    """Return inputs in the form of a forward's arguments: one tensor, a tuple of several, or a dictionary."""
     if isinstance(inputs, (list, tuple)):
         return inputs[0] if len(inputs) == 1 and not isinstance(inputs[0], Mapping) else tuple(inputs)
     return inputs
 
 
+def are_class_numbers(labels: Tensor, outputs: Tensor, named: bool) -> bool:
+    """Return whether labels, one for each row of class scores, are class numbers stored as floats or in a column: because their task is
+    `named`, or because they are whole."""
+    if labels.is_complex() or labels.numel() == outputs.numel() or outputs.dim() < 2:
+        return False
+    in_column = labels.dim() == outputs.dim() and labels.shape[1] == 1
+    if not in_column and (labels.dim() != outputs.dim() - 1 or not labels.is_floating_point()):
+        return False
+    return named or not _fractions(labels).any()
+
+
+def class_numbers(labels: Tensor) -> Tensor:
+    """Return class numbers as int64, without the dimension of a column. Raise InvalidInput for fractions, NaN and numbers beyond 2^53."""
+    if (fractions := _fractions(labels)).any():
+        raise InvalidInput(
+            f"A label is {float(labels[fractions][0]):g}, and labels are read as class numbers, by the task or because the first ones "
+            "are whole. Give whole numbers, or name the task of such labels (--task regression)."
+        )
+    return (labels[:, 0] if labels.dim() > 1 and labels.shape[1] == 1 else labels).long()
+
+
+def _fractions(labels: Tensor) -> Tensor:
+    """Return which labels are no whole numbers that a float holds exactly."""
+    if not labels.is_floating_point():
+        return torch.zeros_like(labels, dtype=torch.bool)
+    return (labels != labels.round()) | (labels.abs() >= 2**53)
+
+
 def _as_labels(labels: Any) -> Tensor:
-    """Return labels as a tensor; whole numbers as int64. Raise InvalidInput for what is no numbers."""
+    """Return labels as a tensor, integers as int64. Raises InvalidInput for anything but numbers."""
     try:
         labels = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInput(
-            f"Labels of type {type(labels).__name__} are no numbers: {' '.join(str(error).split())}. Give the inputs alone."
+            f"Labels of type {type(labels).__name__} are not numbers: {' '.join(str(error).split())}. Give the inputs alone."
         ) from error
     return labels if labels.is_floating_point() or labels.is_complex() else labels.long()
 
 
 def _parts(count: int, size: int) -> list[list[int]]:
-    """Split numbers up to `count` into runs of `size`; the last is longer where one would be left alone, and shorter where more are."""
+    """Split the numbers up to `count` into runs of `size`; a single leftover joins the last run, more form a shorter one."""
     starts = list(range(0, count, size))
     if size > 1 and len(starts) > 1 and count - starts[-1] == 1:
         starts.pop()
@@ -118,7 +158,7 @@ def _parts(count: int, size: int) -> list[list[int]]:
 
 
 def _lengths(dataset: Any) -> Sequence[int] | None:
-    """Return the lengths of the samples if the data set gives them, seen through subsets."""
+    """Return the lengths of the samples, also through subsets, if the data set knows them; else None."""
     if isinstance(dataset, Subset):
         lengths = _lengths(dataset.dataset)
         return None if lengths is None else [lengths[index] for index in dataset.indices]
@@ -129,7 +169,7 @@ class ArrayDataset(Dataset):
     """Images uint8 [N, H, W, C] (or [N, H, W], one channel), or any other array [N, ...], with labels [N] or None.
 
     Images are divided by 255, laid out as [N, C, H, W] and normalized by `mean` and `std` of each channel. Integers stay integers
-    (tokens), complex numbers complex, other numbers become float32. Answers whole batches at once.
+    (tokens), complex numbers complex, other numbers become float32. Returns whole batches at once.
     """
 
     def __init__(self, x, y=None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
@@ -140,15 +180,15 @@ class ArrayDataset(Dataset):
         channels = x.shape[3 if self.is_image else 1] if x.ndim == 4 else 1
         for name, values in (("mean", mean), ("std", std)):
             if values is not None and not (self.is_image or x.ndim == 4):
-                raise InvalidSetting(f"--{name} is of pictures; these arrays are {x.dtype} {list(x.shape)}. Leave it out.")
+                raise InvalidSetting(f"--{name} applies to images; these arrays are {x.dtype} {list(x.shape)}. Leave it out.")
             if values is not None and len(values) not in (1, channels):
-                raise InvalidSetting(f"--{name} has {len(values)} numbers for pictures of {channels} channels. Give one a channel.")
+                raise InvalidSetting(f"--{name} has {len(values)} numbers for images of {channels} channels. Give one per channel.")
 
     def __len__(self) -> int:
         return len(self.x)
 
     def contents_digest(self) -> str:
-        """Return a SHA-256 over the arrays and how they are read."""
+        """Return a SHA-256 over the arrays and the way they are read."""
         return contents_of([self.x, self.y, self.mean, self.std])
 
     def __getitem__(self, index: int):
@@ -170,7 +210,7 @@ class ArrayDataset(Dataset):
 
 
 class NamedArrays(Dataset):
-    """Several arrays of one length, by the names of the network's inputs, each read as `ArrayDataset` reads it, with labels or None."""
+    """Several arrays of one length, under the names of the network's inputs, each read as by `ArrayDataset`, with labels or None."""
 
     def __init__(self, arrays: Mapping[str, Any], y=None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
         self.y = y
@@ -189,13 +229,13 @@ class NamedArrays(Dataset):
 
 
 def _labels(y: Any, indices: list[int]) -> Tensor | None:
-    """Return the labels of these samples; whole numbers as int64."""
+    """Return the labels of these samples, integers as int64."""
     return None if y is None else _as_labels(np.asarray(y[indices]))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The inputs a run fits to and the ones it is judged on, disjoint, as batches in memory."""
+    """The fitting inputs and the held-out inputs of a run, disjoint, as batches in memory."""
 
     fitting: list[Batch]
     held_out: list[Batch]
@@ -213,7 +253,7 @@ def draw(samples: Samples, count: int, seed: int) -> Samples:
 
 
 def split(samples: Samples, seed: int, held_out: float, batch_size: int) -> Calibration:
-    """Split once, by seed; `held_out` is the share kept from fitting (at least one input on each side)."""
+    """Split once, by seed; `held_out` is the share excluded from fitting (at least one input on each side)."""
     total = len(samples)
     if total < 2:
         raise InvalidInput(f"{total} input(s) to calibrate on: at least 2 are needed, one to fit and one to hold out. Give a few hundred.")
@@ -226,7 +266,7 @@ def split(samples: Samples, seed: int, held_out: float, batch_size: int) -> Cali
 
 
 def mirrored(calibration: Calibration) -> Calibration:
-    """Add the mirror images of the fitting inputs. Raise InvalidSetting unless inputs are images, one 4-d tensor."""
+    """Add the mirror images of the fitting inputs. Raises InvalidSetting unless inputs are images, one 4-d tensor."""
     flipped = []
     for batch in calibration.fitting:
         if not isinstance(batch.inputs, Tensor) or batch.inputs.dim() != 4:

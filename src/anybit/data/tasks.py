@@ -1,6 +1,6 @@
-"""Tasks: how far a network's outputs are from the float network's, what it is trained on, and what labels say of it; one class a task.
+"""Tasks: the distance of a network's outputs from the float network's, the training loss, scores and labels; one class per task.
 
-A task is called by its name in files, settings and on the command line; `TASKS` has it by that name.
+Files, settings and the command line use a task's name; `TASKS` maps names to tasks.
 """
 
 import math
@@ -33,22 +33,22 @@ from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 from anybit.progress import tell
 
 Metric = Callable[[Any, Tensor], float]
-"""A user's own, higher is better: of (outputs, labels), the outputs a tensor, or a tuple of several."""
+"""A custom metric, higher is better: a function of (outputs, labels), with the outputs a tensor, or a tuple of several."""
 VOID = 255
-"""The label of a place that is not scored, where there are no more classes than that, as PASCAL VOC has it."""
+"""The label of a place that is not scored if there are fewer classes, as in PASCAL VOC."""
 
 
 LABELS_TELL = ("classification", "token-classification", "segmentation", "multi-label", "regression", "detection")
-"""Tasks that show in their labels."""
+"""Tasks that labels can identify."""
 
 
 class Task:
-    """The questions that every task answers; a task overrides what differs for it.
+    """The interface of every task; subclasses override what differs.
 
     distance   to the float network's outputs
-    counted    the score in percent that a limit on the drop counts in; None where there is none
-    numbers    whether labels are numbers, which a metric of the user's own can be given
-    of_one_class  whether a prediction is of one class, and so right or wrong
+    counted    the score in percent that "drop=" budgets limit, or None
+    numbers    whether labels are numbers, which a custom metric can use
+    of_one_class  whether a prediction is one class, and so right or wrong
     """
 
     name: str
@@ -69,32 +69,32 @@ class Task:
         """Raise InvalidInput if `labels` cannot be labels of such `outputs`."""
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Score outputs by labels; {} where only the reader of the outputs can."""
+        """Return name -> score of outputs against labels; {} if only the outputs' reader can score them."""
         return {}
 
     def check_trains_on_labels(self) -> None:
-        """Raise InvalidSetting where labels make no training loss."""
-        raise InvalidSetting(f"A network for {self.name} is trained on the float network's outputs alone here: give --distill 1.")
+        """Raise InvalidSetting if labels define no training loss."""
+        raise InvalidSetting(f"A network for {self.name} can only be trained on the float network's outputs: give --distill 1.")
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the training loss on labels; raise InvalidSetting where they make none."""
-        raise InvalidSetting(f"Labels make no training loss of a network for {self.name}: give --distill 1.")
+        """Return the training loss on labels. Raises InvalidSetting if they define none."""
+        raise InvalidSetting(f"Labels define no training loss for {self.name}: give --distill 1.")
 
     def classes(self, outputs: Tensor) -> int | None:
-        """Return the number of classes that a whole sample is of one of; None where it is of none."""
+        """Return the number of classes of a whole sample, or None."""
         return None
 
 
 class Classification(Task):
-    """Logits [N, classes] of which class a sample is: top1, top5 and loss (cross-entropy)."""
+    """Logits [N, classes], one class per sample: top1, top5 and loss (cross-entropy)."""
 
     name, distance, counted, of_one_class = "classification", DIVERGENCE, "top1", True
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
             raise InvalidInput(
-                f"Class labels are integers, one a sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}. Name the --task "
-                "that they are of (segmentation, multi-label, regression), or score them with --metric."
+                f"Class labels are integers, one per sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}. Name their "
+                "--task (segmentation, multi-label, regression), or score them with --metric."
             )
         if labels.min() < 0 or labels.max() >= outputs.shape[-1]:
             raise InvalidInput(
@@ -121,20 +121,20 @@ class Classification(Task):
 
 
 class TokenClassification(Classification):
-    """Logits [tokens, classes] or [N, T, classes] of which class each token is: the scores of a classification, of the tokens whose label
-    is not IGNORED."""
+    """Logits [tokens, classes] or [N, T, classes], one class per token: the scores of a classification, over the tokens whose label is not
+    IGNORED."""
 
     name = "token-classification"
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         if outputs.dim() > 2 and labels.shape != outputs.shape[:-1]:
-            raise InvalidInput(f"Labels of tokens are one a token, {list(outputs.shape[:-1])}; these are {list(labels.shape)}.")
+            raise InvalidInput(f"Token labels have one entry per token, {list(outputs.shape[:-1])}; these have shape {list(labels.shape)}.")
         if not (labels != IGNORED).any():
-            raise InvalidInput("No token has a label, so there is nothing to score. Give labels of some tokens.")
+            raise InvalidInput("No token has a label, so there is nothing to score. Give labels for some tokens.")
         super().check(*self._labelled(outputs, labels))
 
     def _labelled(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (outputs, labels) of the tokens that have a label."""
+        """Return (outputs, labels) of the tokens with a label."""
         if outputs.dim() > 2:
             outputs, labels = outputs.flatten(0, -2), labels.flatten()
         scored = labels != IGNORED
@@ -161,13 +161,13 @@ class LanguageModel(TokenClassification):
 
 
 class MaskedLanguageModel(LanguageModel):
-    """Logits [tokens, vocabulary] of the token at each place: scored where the input hides it."""
+    """Logits [tokens, vocabulary] of the token at each place, scored where the input hides it."""
 
     name = "masked-language-model"
 
 
 class SequenceToSequence(LanguageModel):
-    """Logits [tokens, vocabulary] of the next token of an answer, of an encoder-decoder that is given the answer so far."""
+    """Logits [tokens, vocabulary] of the next token of an answer, from an encoder-decoder that reads the answer so far."""
 
     name = "sequence-to-sequence"
 
@@ -181,7 +181,7 @@ class Regression(Task):
         if outputs.numel() != labels.numel():
             raise InvalidInput(
                 f"Labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}. Give one number for each "
-                "output, name the --task that they are of, or score them with --metric."
+                "output, name their --task, or score them with --metric."
             )
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -200,7 +200,7 @@ class Detection(Regression):
     name = "detection"
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
-        raise InvalidInput("Labels of a detector are about boxes, which its raw heads have not chosen. Score them with --metric.")
+        raise InvalidInput("A detector's labels describe boxes, which its raw heads have not selected yet. Score them with --metric.")
 
     def check_trains_on_labels(self) -> None:
         Task.check_trains_on_labels(self)
@@ -210,15 +210,15 @@ class Detection(Regression):
 
 
 class MultiLabel(Task):
-    """Logits or probabilities [N, labels] of each label being there: f1 and exact (all labels of a sample right) in percent, and loss
-    (binary cross-entropy)."""
+    """Logits or probabilities [N, labels] of independent labels: f1 and exact (all labels of a sample right) in percent, and loss (binary
+    cross-entropy)."""
 
     name, distance, counted = "multi-label", BINARY_DIVERGENCE, "f1"
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         if outputs.numel() != labels.numel() or not ((labels == 0) | (labels == 1)).all():
             raise InvalidInput(
-                f"Several labels a sample are zeros and ones {list(outputs.shape)}, one for each output; these are {labels.dtype} of shape "
+                f"Several labels per sample are zeros and ones {list(outputs.shape)}, one per output; these are {labels.dtype} of shape "
                 f"{tuple(labels.shape)} from {labels.min():g} to {labels.max():g}."
             )
 
@@ -239,9 +239,9 @@ class MultiLabel(Task):
 
 
 class Segmentation(Task):
-    """Logits [N, classes, H, W] of which class each place is, with labels [N, H, W]: mean_iou (over classes that are in labels or outputs)
-    and pixel_accuracy in percent, and loss (cross-entropy). Places whose label is IGNORED, or VOID where there is no such class, have no
-    part. Logits of another size are resized to that of the labels."""
+    """Logits [N, classes, H, W], one class per place, with labels [N, H, W]: mean_iou (over classes that occur in labels or outputs) and
+    pixel_accuracy in percent, and loss (cross-entropy). Places labelled IGNORED, or VOID if there is no such class, are ignored. Logits of
+    another size are resized to that of the labels."""
 
     name, distance, counted = "segmentation", CHANNEL_DIVERGENCE, "mean_iou"
 
@@ -249,13 +249,13 @@ class Segmentation(Task):
         expected = [len(outputs), *outputs.shape[2:]]
         if outputs.dim() < 3 or labels.is_floating_point() or _as_masks(labels, outputs).dim() != outputs.dim() - 1:
             raise InvalidInput(
-                f"Labels of a segmentation are whole numbers {expected}, of logits [N, classes, H, W]; these are {labels.dtype} of shape "
-                f"{tuple(labels.shape)}, and the outputs {tuple(outputs.shape)}."
+                f"Segmentation labels are integers {expected}, for logits [N, classes, H, W]; these are {labels.dtype} of shape "
+                f"{tuple(labels.shape)}, and the outputs have shape {tuple(outputs.shape)}."
             )
         masks, classes = _as_masks(labels, outputs), outputs.shape[1]
         masks = masks[_is_scored(masks, classes)]
         if not len(masks):
-            raise InvalidInput(f"Every label is {IGNORED} or {VOID}, so there is nothing to score. Give labels of some places.")
+            raise InvalidInput(f"Every label is {IGNORED} or {VOID}, so there is nothing to score. Give labels for some places.")
         if masks.min() < 0 or masks.max() >= classes:
             raise InvalidInput(
                 f"Labels run from {int(masks.min())} to {int(masks.max())}, but the model has {classes} classes. "
@@ -263,7 +263,7 @@ class Segmentation(Task):
             )
 
     def _at_labels(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (logits [places, classes], labels [places]) of all places that are scored."""
+        """Return (logits [places, classes], labels [places]) of all scored places."""
         masks = _as_masks(labels, outputs)
         if outputs.shape[2:] != masks.shape[1:]:
             outputs = F.interpolate(outputs, masks.shape[1:], mode="bilinear" if outputs.dim() == 4 else "nearest")
@@ -292,28 +292,30 @@ class Segmentation(Task):
 
 
 def _is_scored(masks: Tensor, classes: int) -> Tensor:
-    """Return which places have a label, bool of the masks' shape."""
+    """Return which places have a label, bool in the masks' shape."""
     return (masks != IGNORED) & ((masks != VOID) | (classes > VOID))
 
 
 def _as_masks(labels: Tensor, outputs: Tensor) -> Tensor:
-    """Return labels [N, H, W], without the one channel that they may have."""
+    """Return labels as [N, H, W], without a channel dimension."""
     return labels[:, 0] if labels.dim() == outputs.dim() and labels.shape[1] == 1 else labels
 
 
 class Embedding(Task):
-    """Vectors [N, features], each two of a pair: spearman and pearson, correlation of the pairs' labels with their cosines, in percent."""
+    """Vectors [N, features], in pairs: spearman and pearson, the correlation of the pairs' labels with their cosines, in percent."""
 
     name, distance, counted = "embedding", SQUARED_ERROR, "spearman"
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         if len(outputs) % 2 or len(labels) < 4 or len(labels[0::2].unique()) < 2:
-            raise InvalidInput("Embeddings are scored by pairs of sentences of different scores. Give at least two (--columns pair=NAME).")
+            raise InvalidInput(
+                "Embeddings are scored on pairs of sentences with different scores. Give at least two (--columns pair=NAME)."
+            )
         if not torch.equal(labels[0::2], labels[1::2]):
-            raise InvalidInput("Embeddings are scored by pairs of sentences, one after the other with one score. Give both the same label.")
+            raise InvalidInput("Embeddings are scored on pairs of sentences, one after the other with one score. Give both the same label.")
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        from scipy.stats import pearsonr, spearmanr  # importing it takes a third of every command's start
+        from scipy.stats import pearsonr, spearmanr  # importing it would slow every command's start by half
 
         cosines = F.cosine_similarity(outputs[0::2].double(), outputs[1::2].double()).cpu().numpy()
         expected = labels[0::2].cpu().numpy()
@@ -321,7 +323,7 @@ class Embedding(Task):
 
 
 class QuestionAnswering(Task):
-    """Logits [N, 2, length] of an answer's first and last token; the reader, which has the texts, scores them by exact and f1."""
+    """Logits [N, 2, length] of an answer's first and last token; the reader, which has the texts, computes exact and f1."""
 
     name, distance, counted, numbers = "question-answering", DIVERGENCE, "f1", False
 
@@ -334,7 +336,7 @@ TASKS = {task.name: task for task in _ALL}
 
 
 class SeveralOutputs(Task):
-    """Several outputs, the labels being about the first, which is of another task; all are compared by their squared errors."""
+    """Several outputs, with labels for the first, which has a task of its own; all are compared by their squared errors."""
 
     def __init__(self, first: Task, reader: OutputReader):
         self.first, self.reader, self.distance = first, reader, WeightedErrors(reader)
@@ -364,7 +366,7 @@ class SeveralOutputs(Task):
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """Run `model` in evaluation mode and return what is read in its output on every sample, [N, ...]."""
+    """Run `model` in evaluation mode and return its predictions for every sample, [N, ...]."""
     with evaluating(model):
         outputs = [predict(model, batch) for batch in batches]
     if not outputs:
@@ -373,21 +375,21 @@ def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 
 
 def labels_in(batches: Sequence[Batch]) -> Tensor | None:
-    """Return the labels of the batches; None where they have none."""
+    """Return the labels of the batches, or None."""
     labels = [batch.labels for batch in batches if batch.labels is not None]
     return torch.cat(labels) if labels and len(labels) == len(batches) else None
 
 
 class Guess(NamedTuple):
-    """The task that a network is taken for, and why; no reason where it is known."""
+    """A network's task and the reason for the guess; the reason is empty if the task is known."""
 
     task: str
     reason: str = ""
 
 
 def guess_task(outputs: Tensor, reader: Reader | None = None, labels: Tensor | None = None, classes: int | None = None) -> Guess:
-    """Return the reader's task; else what the labels say, where they fit one; else what shape and values of the (first) outputs say. The
-    user's --task overrules it. `classes` is how many the network itself says it has (`num_classes`)."""
+    """Return the reader's task; else the task that fits the labels; else the one that shape and values of the (first) outputs suggest. The
+    user's --task overrides it. `classes` is the network's own number of classes (`num_classes`)."""
     if reader is not None and reader.task is not None:
         return Guess(reader.task)
     if isinstance(reader, OutputReader):
@@ -396,7 +398,7 @@ def guess_task(outputs: Tensor, reader: Reader | None = None, labels: Tensor | N
 
 
 def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
-    """Return the task whose labels these are; None where they fit none."""
+    """Return the task that fits these labels, or None."""
     shapes = f"labels {list(labels.shape)} of outputs {list(outputs.shape)}"
     whole = not labels.is_floating_point()
     ones = labels.numel() == outputs.numel() and bool(((labels == 0) | (labels == 1)).all() and labels.min() < labels.max())
@@ -408,49 +410,49 @@ def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
         "regression": not whole,
     }
     reasons = {
-        "classification": "one whole number a sample: a class",
-        "token-classification": "a whole number a token",
-        "segmentation": "a whole number a place",
+        "classification": "one integer per sample: a class",
+        "token-classification": "an integer per token",
+        "segmentation": "an integer per place",
         "multi-label": "zeros and ones",
         "regression": "a number for each output",
     }
     for name in (name for name, fits in likely.items() if fits):
         with suppress(InvalidInput):
-            if name != "classification":  # no other task has such labels: class numbers out of range are rejected as such
+            if name != "classification":  # no other task has such labels: out-of-range class numbers are errors
                 TASKS[name].check(outputs, labels)
             return Guess(name, f"{shapes}, {reasons[name]}")
     return None
 
 
 def _guess_by_values(outputs: Tensor, classes: int | None = None) -> Guess:
-    """Return the task that shape and values show: numbers, unless something shows that they are scores of classes."""
+    """Return the task that shape and values suggest: regression, unless something shows that they are class scores."""
     shape = f"outputs {list(outputs.shape)}"
     if outputs.dim() != 2 or outputs.shape[1] < 2:
-        return Guess("regression", f"{shape} have no row of class scores for each sample")
+        return Guess("regression", f"{shape} have no row of class scores per sample")
     if are_probabilities(outputs):
-        return Guess("classification", f"{shape} are probabilities that sum up to one: a softmax is at the end")
+        return Guess("classification", f"{shape} are probabilities with sum one: the network ends in a softmax")
     if are_log_probabilities(outputs):
-        return Guess("classification", f"{shape} are logarithms of probabilities that sum up to one: a log-softmax is at the end")
+        return Guess("classification", f"{shape} are logarithms of probabilities with sum one: the network ends in a log-softmax")
     if lie_in_unit_interval(outputs):
-        return Guess("regression", f"{shape} lie between 0 and 1 and do not sum up to one: numbers, or a sigmoid at the end (multi-label)")
+        return Guess("regression", f"{shape} lie between 0 and 1 without sum one: numbers, or a sigmoid at the end (multi-label)")
     if outputs.min() >= 0 and outputs.max() > 0:
-        return Guess("regression", f"of the {shape} none is negative, as scores of classes are")
+        return Guess("regression", f"none of the {shape} is negative, unlike class scores")
     if outputs.shape[1] == classes:
-        return Guess("classification", f"{shape} are one for each class of the network's num_classes")
+        return Guess("classification", f"{shape} have one number per class of the network's num_classes")
     if _are_trained_scores(outputs):
-        return Guess("classification", f"{shape} vary as a trained classifier's: classes are told apart, sums of rows tell nothing")
-    return Guess("regression", f"nothing shows that {shape} are scores of classes: no labels, no softmax at the end, nor values as theirs")
+        return Guess("classification", f"{shape} vary as a trained classifier's: they separate classes, while the sums of rows hardly vary")
+    return Guess("regression", f"nothing shows that {shape} are class scores: no labels, no final softmax, no similar values")
 
 
 LEAST_SCORES = 8
-"""Samples from which the values of outputs show whether they are scores of classes: fewer are alike by chance."""
+"""Fewest samples whose output values can show whether they are class scores: fewer look alike by chance."""
 
 
 def _are_trained_scores(outputs: Tensor) -> bool:
-    """Return whether the outputs vary as those of a network that cross-entropy has trained.
+    """Return whether the outputs vary as those of a network trained with cross-entropy.
 
-    Its gradients sum up to zero over a row, so that the sums of rows vary hardly more than before the training (below a quarter of what
-    independent numbers would), while their softmax tells much of which class a sample is (a fifth or more of what it could).
+    Its gradients sum to zero over a row, so that the sums of rows hardly vary more than before the training (below a quarter of what
+    independent numbers would), while their softmax says much about a sample's class (at least a fifth of the possible information).
     """
     count, classes = outputs.shape
     if count < LEAST_SCORES:
@@ -468,39 +470,39 @@ def task_of(
     labelled: "LabelledOutputs | None" = None,
     model: nn.Module | None = None,
 ) -> Task:
-    """Return the task of a network with such outputs: the one that is given or named, else the one that they are taken for, which is
-    told with its reason; `labelled` are outputs with labels, where there are any, and `model` is the network, which may say its classes."""
+    """Return the task of a network with such outputs: the given one, else the one that they suggest, which is reported with its reason;
+    `labelled` are outputs with labels, if any, and `model` is the network, which may state its classes."""
     if isinstance(task, Task):
         return task
     labels, classes = None if labelled is None else labelled.labels, getattr(model, "num_classes", None)
     guess = Guess(task) if task else guess_task(outputs if labelled is None else labelled.outputs, reader, labels, classes)
     if guess.reason:
-        tell("note", note=f"task {guess.task}: {guess.reason}. --task says otherwise ({', '.join(TASKS)})")
+        tell("note", note=f"task {guess.task}: {guess.reason}. --task overrides this ({', '.join(TASKS)})")
     one = TASKS[guess.task]
     return SeveralOutputs(one, reader) if isinstance(reader, OutputReader) and len(reader.outputs) > 1 else one
 
 
 def named_task(task: str | Task) -> Task:
-    """Return the task of this name; a task itself."""
+    """Return the task with this name; a task unchanged."""
     return task if isinstance(task, Task) else TASKS[task]
 
 
 def distance(outputs: Tensor, reference: Tensor, task: str | Task) -> float:
-    """Measure how far `outputs` are from those of the float model: the mean over samples."""
+    """Return the mean distance of `outputs` from those of the float model."""
     return float(sample_distances(outputs, reference, task).mean())
 
 
 def sample_distances(outputs: Tensor, reference: Tensor, task: str | Task) -> Tensor:
-    """Measure the distance of each sample, [N]."""
+    """Return the distance of each sample, [N]."""
     return named_task(task).distance.of_samples(outputs, reference)
 
 
 def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], name: str, metric: Metric | None = None) -> dict[str, Any]:
-    """Compare an exported network's outputs with the simulation's: how far apart they are, and the scores of both on labels, by the task
+    """Compare an exported network's outputs `there` with the simulation's: their difference, and the scores of both on labels, for the task
     of this name.
 
-    simulation  the largest difference, the largest output, and where outputs are classes top-1 agreement in percent: of the (first)
-                output; of several, `outputs` has the first two of each by name
+    simulation  the largest difference, the largest output, and for classes the top-1 agreement in percent, of the (first) output; with
+                several outputs, `outputs` has the first two for each by name
     """
     task = task_of(simulated, batches[0].reader, name)
     report: dict[str, Any] = {"simulation": _apart(task.judged(simulated), task.judged(there))}
@@ -522,12 +524,12 @@ def _apart(simulated: Tensor, there: Tensor) -> dict[str, float]:
 
 
 def correct(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return which samples have their label first, bool [N]."""
+    """Return which samples have their label ranked first, bool [N]."""
     return outputs.argmax(-1) == labels
 
 
 def places(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the label's place among the classes, [N], 0 the first; ties go to the class of the lower number."""
+    """Return the label's rank among the classes, [N], 0 the first; ties go to the lower class number."""
     own = outputs.gather(1, labels[:, None])
     before = torch.arange(outputs.shape[1], device=outputs.device) < labels[:, None]
     return (outputs > own).sum(1) + ((outputs == own) & before).sum(1)
@@ -539,7 +541,7 @@ def check_labels(outputs: Tensor, labels: Tensor, task: str | Task) -> None:
 
 
 def fits(outputs: Tensor, labels: Tensor, task: str | Task) -> bool:
-    """Return whether the labels are those of the task."""
+    """Return whether the labels fit the task."""
     with suppress(InvalidInput):
         check_labels(outputs, labels, task)
         return True
@@ -550,7 +552,7 @@ def check_metric(metric: Metric | None, task: str | Task) -> None:
     """Raise InvalidSetting if the task's labels cannot be passed to a function of outputs and labels."""
     if metric is not None and not named_task(task).numbers:
         what = named_task(task).name.replace("-", " ")
-        raise InvalidSetting(f"A metric compares outputs with labels, and those of {what} are texts. Leave --metric out.")
+        raise InvalidSetting(f"A metric compares outputs with labels, but those of {what} are texts. Leave --metric out.")
 
 
 def metric_name(metric: Metric) -> str:
@@ -559,7 +561,7 @@ def metric_name(metric: Metric) -> str:
 
 
 def measure(metric: Metric, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> float:
-    """Call a custom metric. Raise InvalidInput naming it if it fails or does not return a finite number."""
+    """Call a custom metric. Raises InvalidInput naming it if it fails or does not return a finite number."""
     name = metric_name(metric)
     try:
         value = metric(outputs, labels)
@@ -568,18 +570,18 @@ def measure(metric: Metric, outputs: Tensor | tuple[Tensor, ...], labels: Tensor
     except Exception as error:
         raise InvalidInput(
             f"The metric {name} failed on outputs {_described(outputs)} and labels {_described(labels)}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}. Mend the metric, or look at the labels."
+            f"{' '.join(str(error).split())}. Fix the metric, or check the labels."
         ) from error
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         returned = _described(value) if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise InvalidInput(
-            f"The metric {name} returned {returned}, which is not one number. Let it return one, higher being better."
+            f"The metric {name} returned {returned}, which is not one number. Let it return one, the higher the better."
         ) from error
     if not math.isfinite(number):
         raise InvalidInput(
-            f"The metric {name} is {number} on outputs {_described(outputs)} and labels {_described(labels)}. Mend the metric, or look at "
+            f"The metric {name} is {number} on outputs {_described(outputs)} and labels {_described(labels)}. Fix the metric, or check "
             "the data."
         )
     return number
@@ -594,9 +596,9 @@ def _described(tensor: Tensor | tuple[Tensor, ...]) -> str:
 def score(
     outputs: Tensor, labels: Tensor, task: str | Task, metric: Metric | None = None, reader: Reader | None = None
 ) -> dict[str, float]:
-    """Score outputs by labels: the task's scores, the reader's own, and the user's metric."""
+    """Return name -> score of outputs against labels: the task's scores, the reader's own, and the user's metric."""
     if len(labels) != len(outputs):
-        raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label a sample.")
+        raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label per sample.")
     task = named_task(task)
     check_metric(metric, task)
     own = {} if metric is None else {metric_name(metric): measure(metric, task.tensors(outputs), labels)}
@@ -608,7 +610,7 @@ def score(
 
 @dataclass(frozen=True)
 class LabelledOutputs:
-    """Hold a network's outputs on labelled batches, with the labels; `reader` is the batches'."""
+    """A network's outputs on labelled batches, with the labels and the batches' `reader`."""
 
     outputs: Tensor
     labels: Tensor
@@ -616,7 +618,7 @@ class LabelledOutputs:
 
     @classmethod
     def of(cls, model: nn.Module, batches: Iterable[Batch]) -> "LabelledOutputs":
-        """Run `model` on the batches. Raise InvalidInput where one has no labels."""
+        """Run `model` on the batches. Raises InvalidInput if one has no labels."""
         labels: list[Tensor] = []
         readers: list[Reader | None] = []
 
@@ -633,7 +635,7 @@ class LabelledOutputs:
         return cls(outputs, torch.cat(labels), readers[0])
 
     def scores(self, task: str | Task | None = None, metric: Metric | None = None, reference: Tensor | None = None) -> dict[str, Any]:
-        """Score them; with the float model's outputs as `reference`, measure the distance to these and what goes with it too."""
+        """Return name -> score; with the float model's outputs as `reference`, also the distance to them and related numbers."""
         task = task_of(self.outputs, self.reader, task, self)
         unit = self.reader.unit if self.reader else "samples"
         result: dict[str, Any] = {unit: len(self.outputs), **score(self.outputs, self.labels, task, metric, self.reader)}
@@ -644,7 +646,7 @@ class LabelledOutputs:
 
 
 def labelled_outputs(model: nn.Module, batch: Batch) -> LabelledOutputs | None:
-    """Return what `model` gives on a batch, with its labels; None where it has none."""
+    """Return the outputs of `model` on a batch with its labels; None if it has none."""
     return None if batch.labels is None else LabelledOutputs.of(model, [batch])
 
 
@@ -660,7 +662,7 @@ def evaluate(
 
 
 def check_metric_on(model: nn.Module, batches: Iterable[Batch], metric: Metric | None) -> None:
-    """Call a custom metric once, before long work. Raise InvalidInput if it fails or the batches have no labels."""
+    """Call a custom metric once, before long work. Raises InvalidInput if it fails or the batches have no labels."""
     if metric is not None:
         on_labels = LabelledOutputs.of(model, batches)
         reader, outputs = on_labels.reader, on_labels.outputs
@@ -669,7 +671,7 @@ def check_metric_on(model: nn.Module, batches: Iterable[Batch], metric: Metric |
 
 
 def task_loss(outputs: Tensor, batch: Batch, task: str | Task, teacher: nn.Module | None, distill: float) -> Tensor:
-    """Return the task's training loss on labels, joined by the distance to the teacher's outputs, which weighs `distill`."""
+    """Return the task's training loss on labels, mixed with the distance to the teacher's outputs by the share `distill`."""
     task = named_task(task)
     loss = torch.zeros((), device=outputs.device)
     if distill < 1:
@@ -679,7 +681,7 @@ def task_loss(outputs: Tensor, batch: Batch, task: str | Task, teacher: nn.Modul
         check_labels(outputs, batch.labels, task)
         loss = (1 - distill) * task.loss(outputs, batch.labels)
     if distill > 0:
-        assert teacher is not None, "distillation is from a teacher"
+        assert teacher is not None, "distillation needs a teacher"
         with torch.no_grad():
             target = predict(teacher, batch).float()
         loss = loss + distill * task.distance.distilled(outputs, target)

@@ -1,6 +1,6 @@
 """Texts as samples: read from files, tokenized by the network's own tokenizer, padded batch by batch.
 
-No text library is imported here: a tokenizer is anything that is called like one of transformers'.
+No text library is imported here: a tokenizer is anything with the interface of transformers' tokenizers.
 """
 
 import csv
@@ -27,21 +27,22 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: Path, columns: str | None = None) -> list[Row]:
-    """Read the rows of a file, each role -> value: tab- or comma-separated with a header, .jsonl of objects, or .txt of one text a line.
+    """Read the rows of a file, each role -> value: tab- or comma-separated with a header, .jsonl of objects, or .txt with one text per
+    line.
 
-    `columns` ("text=sentence,label=label") says which column has which role; columns by number, counted from 0, are those of a file
-    without a header. Raises InvalidInput naming the line that is at fault.
+    `columns` ("text=sentence,label=label") gives the column of each role; numbers, counted from 0, are columns of a file without a header.
+    Raises InvalidInput naming the faulty line.
     """
     roles = parse_columns(columns)
     try:
-        content = path.read_bytes().decode("utf-8-sig")  # what begins a file in some programs is no part of its first column's name
+        content = path.read_bytes().decode("utf-8-sig")  # a byte-order mark is not part of the first column's name
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidFile(f"{path} cannot be read as text: {error}") from error
     content = content.replace("\r\n", "\n").replace("\r", "\n")
-    lines = content.split("\n")  # and at nothing else: a text may hold what Unicode calls a line's end
+    lines = content.split("\n")  # and at nothing else: a text may contain other Unicode line ends
     if path.suffix == ".txt":
         if roles:
-            raise InvalidSetting(f"{path} has one text a line and no columns. Leave --columns out.")
+            raise InvalidSetting(f"{path} has one text per line and no columns. Leave --columns out.")
         table: list[tuple[int, Row]] = [(number, {"text": line}) for number, line in enumerate(lines, 1) if line.strip()]
     elif path.suffix == ".jsonl":
         table = [(number, _object(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
@@ -63,9 +64,9 @@ def _object(path: Path, number: int, line: str) -> Row:
 
 
 def _separated(path: Path, content: str, bare: bool) -> list[tuple[int, Row]]:
-    """Return (line, row of column -> text). Tabs separate in a .tsv, and where the first line has one, whatever the file's name."""
+    """Return (line, row of column -> text). Tabs separate columns in a .tsv and in any file whose first line has one."""
     tabs = path.suffix == ".tsv" or "\t" in content.partition("\n")[0]
-    # Between tabs quotes are characters like others: real files hold them unpaired.
+    # Between tabs, quotes are ordinary characters: real files have unpaired ones.
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     reader = csv.reader(io.StringIO(content, newline=""), **dialect)
     try:
@@ -78,20 +79,22 @@ def _separated(path: Path, content: str, bare: bool) -> list[tuple[int, Row]]:
     for number, row in cells:
         if len(row) > len(header):
             raise InvalidInput(
-                f"{path}, line {number}: {len(row)} columns, and the header names {len(header)}. Put texts with "
+                f"{path}, line {number}: {len(row)} columns, but the header names {len(header)}. Put texts with "
                 f"{'tabs' if tabs else 'commas'} into quotes, or separate by {'commas' if tabs else 'tabs'}."
             )
     return [(number, dict(zip(header, row, strict=False))) for number, row in cells]
 
 
 def with_roles(table: Sequence[tuple[int, Mapping]], columns: Mapping[str, str | int], where: str) -> list[Row]:
-    """Turn numbered rows of column -> value into rows of role -> value. Raise InvalidInput naming the line if a column or text is
-    lacking."""
+    """Turn numbered rows of column -> value into rows of role -> value. Raises InvalidInput naming the line if a column or text is
+    missing."""
     there = list(table[0][1])
     for role, column in columns.items():
         if column not in there:
             names = ", ".join(map(str, there))
-            raise InvalidInput(f"{where} has no column {column!r} for the {role}; it has {names}. Name one with --columns {role}=NAME.")
+            raise InvalidInput(
+                f"{where} has no column {column!r} for the {role}; its columns are {names}. Name one with --columns {role}=NAME."
+            )
     candidates = {
         role: columns.get(role, next((name for name in names if name in there), None))
         for role, names in ROLES.items()
@@ -126,26 +129,26 @@ class Tokenizer(Protocol):
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Return the tokens that are no part of any text."""
+        """Return the tokens that belong to no text."""
 
     @property
     def is_fast(self) -> bool:
-        """Return whether it tells which word a token is of."""
+        """Return whether it maps tokens to words."""
 
     def __call__(self, text: Any = None, pair: Any = None, /, **options: Any) -> Any:
-        """Return the tokens of the texts, by the names of the network's inputs."""
+        """Return the tokens of the texts, under the names of the network's inputs."""
 
     def pad(self, samples: Any, /, *, return_tensors: Any, return_attention_mask: bool, verbose: bool) -> Any:
         """Return the samples' inputs as tensors [N, T], padded to the longest."""
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """Return how many tokens of its own the tokenizer adds to a text, or to a pair."""
+        """Return the number of special tokens that the tokenizer adds to a text, or to a pair."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How texts become tokens: the tokenizer, the most tokens a sample may have (longer ones are cut only where `cut` says so), and by how
-    many tokens the windows of a long context overlap."""
+    """How texts become tokens: the tokenizer, the most tokens of a sample (longer ones are truncated only if `cut`), and the overlap in
+    tokens of the windows of a long context."""
 
     tokenizer: Tokenizer
     length: int
@@ -167,9 +170,9 @@ class Lengths(Sequence):
 
 
 class Texts(Dataset):
-    """Rows as tokens; a batch is padded to its longest. `labels` may be of any type that a tensor takes, or None.
+    """Rows as tokens; a batch is padded to its longest. `labels` may have any type that becomes a tensor, or be None.
 
-    With `apart` the two texts of a row are two samples' worth of inputs, one after the other, both with the row's label.
+    With `apart`, the two texts of a row become the inputs of two samples, one after the other, both with the row's label.
     """
 
     def __init__(self, rows: Sequence[Row], labels: Sequence | None, encoding: Encoding, where: str, apart: bool = False):
@@ -180,7 +183,7 @@ class Texts(Dataset):
         return len(self.rows)
 
     def tokens(self, index: int) -> Mapping[str, list[int]]:
-        """Return one sample's inputs, without padding; the first's, if its two texts are apart."""
+        """Return one sample's inputs, without padding; those of the first text if its two texts are apart."""
         return self._parts(index)[0]
 
     def _parts(self, index: int) -> list[Mapping[str, list[int]]]:
@@ -197,8 +200,8 @@ class Texts(Dataset):
         count = len(tokens["input_ids"])
         if count > encoding.length:
             raise InvalidInput(
-                f"{self.where}: text {index + 1} has {count} tokens, more than the {encoding.length} that the network takes "
-                f"({texts[0][:40]!r}...). Cut such texts with --length {encoding.length}, or leave them out."
+                f"{self.where}: text {index + 1} has {count} tokens, more than the {encoding.length} that the network accepts "
+                f"({texts[0][:40]!r}...). Truncate such texts with --length {encoding.length}, or leave them out."
             )
         if count == 0:
             raise InvalidInput(f"{self.where}: text {index + 1} has no tokens ({texts[0][:40]!r}). Leave it out.")
@@ -217,13 +220,13 @@ class Texts(Dataset):
 
 
 def padded(tokenizer: Tokenizer, samples: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-    """Return one tensor [N, T] an input, T the longest; "attention_mask" is 0 at the padding."""
+    """Return one tensor [N, T] per input, with T the longest; "attention_mask" is 0 at the padding."""
     inputs = [{name: tokens[name] for name in tokens if name in tokenizer.model_input_names} for tokens in samples]
     return dict(tokenizer.pad(inputs, return_tensors="pt", return_attention_mask=True, verbose=False))
 
 
 class MaskedTexts(Texts):
-    """Texts of which HIDDEN of the tokens, drawn by each text's number, are hidden behind the mask; labels [N, T] are what they were."""
+    """Texts with a share HIDDEN of the tokens, drawn by each text's number, replaced by the mask; labels [N, T] are the original tokens."""
 
     HIDDEN = 0.15
 
@@ -242,7 +245,7 @@ class MaskedTexts(Texts):
 
 
 class TaggedTexts(Texts):
-    """Texts with a class for each word, `labels` a list a row; labels [N, T] have it at the word's first token."""
+    """Texts with a class for each word: `labels` is a list per row; labels [N, T] have it at the word's first token."""
 
     def tokens(self, index: int) -> Any:
         return self._encoded(index, (self.rows[index]["text"].split(),), is_split_into_words=True)
@@ -262,7 +265,7 @@ class TaggedTexts(Texts):
 
 
 class Translations(Texts):
-    """Texts with another each, which the decoder reads shifted by one: it begins with the token `start`. Labels [N, T] are its tokens."""
+    """Texts with a target text each, which the decoder reads shifted by one, after the token `start`. Labels [N, T] are its tokens."""
 
     def __init__(self, rows: Sequence[Row], encoding: Encoding, where: str, start: int):
         super().__init__(rows, None, encoding, where)
@@ -291,7 +294,7 @@ class Translations(Texts):
 
 
 class Blocks(Dataset):
-    """One long text in blocks of `length` tokens, each a sample; labels are the next tokens, those of all samples one after another."""
+    """One long text in blocks of `length` tokens, each a sample; labels are the next tokens of all samples, one after another."""
 
     def __init__(self, tokens: Sequence[int], length: int, where: str):
         count = len(tokens) // length
@@ -312,7 +315,8 @@ class Blocks(Dataset):
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a context with its question: which example, its tokens, where in the context each token stands (None: not in it)."""
+    """A stretch of a context with its question: number of the example, tokens, and position of each token in the context (None:
+    outside)."""
 
     example: int
     tokens: Mapping[str, list[int]]
@@ -320,14 +324,15 @@ class Window:
 
 
 class Questions(Dataset):
-    """Questions about contexts, in overlapping windows of one too long for the network; a window is a sample, its number the label."""
+    """Questions about contexts, in overlapping windows if a context is too long for the network; a window is a sample, labelled by its
+    number."""
 
     def __init__(self, rows: Sequence[Row], encoding: Encoding, where: str):
         self.rows, self.encoding = rows, encoding
         for number, row in enumerate(rows, 1):
             if "answers" in row and gold_answers(row["answers"]) is None:
                 raise InvalidInput(
-                    f"{where}: the answers of question {number} are {str(row['answers'])[:60]!r}. Write a text, a list of texts, or "
+                    f"{where}: the answers of question {number} are {str(row['answers'])[:60]!r}. Give a text, a list of texts, or "
                     '{"text": [...]}, as JSON.'
                 )
         self.windows = [window for number, row in enumerate(rows) for window in _windows(number, row, encoding, where)]
@@ -352,7 +357,7 @@ def _windows(number: int, row: Row, encoding: Encoding, where: str) -> list[Wind
     if encoding.stride >= room:
         raise InvalidInput(
             f"{where}: question {number + 1} has {asked} tokens, which leaves room for {max(room, 0)} of its context in {encoding.length}, "
-            f"and windows are to overlap by {encoding.stride}. Raise --length, or lower --stride."
+            f"but windows overlap by {encoding.stride}. Raise --length, or lower --stride."
         )
     encoded = tokenizer(
         row["question"], row["context"], stride=encoding.stride, return_overflowing_tokens=True, return_offsets_mapping=True, **options

@@ -1,4 +1,4 @@
-"""From a run folder to a file that runs, and what that takes. Imports onnx, runs and below.
+"""From a run folder to a file that a runtime executes. Imports onnx, runs and below.
 
-Named in the plural because `anybit.export` is the function.
+The name is plural because `anybit.export` is the function.
 """

@@ -4,16 +4,15 @@
     model.safetensors  <layer>.weight_packed                     int32 [rows, ceil(columns bits / 32)]
                        <layer>.weight_shape                      int64 [2]
                        <layer>.weight_scale                      float32 [rows, 1], or [rows, groups] with a scale for each group
-                       <layer>.input_scale, .input_zero_point    float32 [1], int8 [1], of a layer whose input is quantized
+                       <layer>.input_scale, .input_zero_point    float32 [1], int8 [1], for a layer whose input is quantized
                        everything else under its own name, in float32
-    tokenizer.json, ...  what else came with the network
+    tokenizer.json, ...  other files that came with the network
 
-A row of a packed weight is one little-endian bit stream, padded to 32 bits. Codes are stored without a sign, code + 2^(bits - 1), and an
-input's codes are signed in this format, so its zero point is 2^(bits - 1) below anybit's. A pruned layer is one bit of zeros.
+A row of a packed weight is one little-endian bit stream, padded to 32 bits. Weight codes are stored unsigned, as code + 2^(bits - 1).
+Input codes are signed in this format, so the zero point is 2^(bits - 1) below anybit's. A pruned layer is one bit of zeros.
 
-The format packs linears, and embeddings too, which transformers 5 however does not load: they are packed on demand alone. Other layers
-are stored in float32 with the values that their codes stand for; attention products, and the inputs of other layers, are float. `Packed`
-names both.
+The format packs linears, and embeddings too, but transformers 5 cannot load the latter, so they are only packed on request. Other layers
+are stored in float32 with the values of their codes; attention products, and the inputs of other layers, are float. `Packed` lists both.
 """
 
 import io
@@ -55,7 +54,7 @@ RUN = "anybit_run"
 REMEDY = "Make room, or choose another --compressed-tensors."
 WORD = 32
 FLOAT_TOLERANCE = 1e-3
-"""How far outputs may be from the simulation's where both compute the same in float, as a share of the largest."""
+"""Largest difference of outputs from the simulation's when both compute the same in float, as a share of the largest output."""
 
 
 # The format
@@ -72,9 +71,9 @@ def pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Packed:
-    """tensors       what model.safetensors holds;   quantization  config.json's quantization_config
+    """tensors       contents of model.safetensors;   quantization  config.json's quantization_config
     packed        layers whose codes are stored;   dense  quantized layers whose weights are not packed, stored as float32 values
-    float_inputs  layers whose quantized inputs the format cannot hold: attention products, and inputs of layers that are dense
+    float_inputs  layers whose quantized inputs the format cannot hold: attention products, and inputs of dense layers
     """
 
     tensors: dict[str, Tensor]
@@ -85,9 +84,9 @@ class Packed:
 
 
 def packed(canonical: Canonical, own: nn.Module, transposed: Collection[str] = (), embeddings: bool = False) -> Packed:
-    """Pack the canonical model; `own` is a network of the class that loads it, whose weights may be missing.
+    """Pack the canonical model; `own` is a network of the class that loads it, possibly without weights.
 
-    transposed  layers of which that class keeps the weight [in, out];   embeddings  pack these too
+    transposed  layers whose weight that class stores as [in, out];   embeddings  whether to pack these too
     """
     kinds = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
     layers = quantized_layers(canonical.model)
@@ -105,7 +104,7 @@ def packed(canonical: Canonical, own: nn.Module, transposed: Collection[str] = (
         if name in coded and name != key:
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _of_layer(layers[name]).items()}
         elif key not in values:
-            raise UnsupportedModel(f"{type(own).__name__} has {key}, which folding took from the run. Export it with --onnx.")
+            raise UnsupportedModel(f"{type(own).__name__} has {key}, which the run lost by folding. Export it with --onnx.")
         else:
             tensors[key] = values[key].T if name in transposed and name != key else values[key]
     others = [name for name, module in modules.items() if isinstance(module, COVERED) and type_of(module).grouped and name not in coded]
@@ -119,7 +118,7 @@ def packed(canonical: Canonical, own: nn.Module, transposed: Collection[str] = (
 
 
 def _of_layer(layer: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that stand for a layer's weight and the quantizer of its input."""
+    """Return the tensors of a layer's weight and input quantizer."""
     rows, columns = float_weight(layer).shape
     pruned = isinstance(layer.weight_quantizer, Pruned)
     codes = torch.zeros(rows, columns, dtype=torch.int8) if pruned else codes_of(layer).reshape(rows, columns)
@@ -183,8 +182,8 @@ def export_folder(
 
     model   as for `load`;   embeddings  pack these too, for runtimes that read them: transformers 5 does not
 
-    Returns the file's bytes, and which layers are packed, dense, and lose the quantizer of their input. Raises UnsupportedModel where
-    the network is none of transformers', or has nothing that the format packs; no folder is left then.
+    Returns the file's bytes, and which layers are packed, are dense, or lose the quantizer of their input. Raises UnsupportedModel if the
+    network is not one of transformers, or has nothing that the format packs; no folder is left then.
     """
     path = Path(folder)
     canonical, file = opened(run, model)
@@ -205,24 +204,24 @@ def export_folder(
 
 
 def _write(folder: Path, exported: Packed, files: Mapping[str, bytes], file: SchemeFile) -> None:
-    save_file(exported.tensors, folder / MODEL, {"format": "pt"})  # one key: several are written in any order
+    save_file(exported.tensors, folder / MODEL, {"format": "pt"})  # one key, since the order of several varies
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
 
 def _transformers_network(canonical: Canonical) -> "PreTrainedModel":
-    """Return the canonical model. Raise UnsupportedModel where it is not a network of transformers."""
+    """Return the canonical model. Raises UnsupportedModel unless it is a network of transformers."""
     network = canonical.model
     if not is_transformers(network):
         raise UnsupportedModel(
-            f"{type(network).__name__} is no network of transformers, which compressed-tensors folders are for. Export it with --onnx."
+            f"{type(network).__name__} is not a network of transformers, which compressed-tensors folders are for. Export it with --onnx."
         )
     return network
 
 
 def _exported(canonical: Canonical, file: SchemeFile, embeddings: bool) -> tuple[Packed, dict[str, bytes]]:
-    """Return (the tensors, the other files of the folder)."""
+    """Return (the tensors, the folder's other files)."""
     network = _transformers_network(canonical).cpu()
     from anybit.sources.huggingface.folder import files_beside, own_config, own_network, transposed_layers
 
@@ -233,19 +232,19 @@ def _exported(canonical: Canonical, file: SchemeFile, embeddings: bool) -> tuple
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
-    """Raise InvalidSetting where `path` is taken: by an exported folder, unless it may be overwritten, or by anything else, always."""
+    """Raise InvalidSetting if `path` is taken: by an exported folder that may not be overwritten, or by anything else."""
     if is_run(path.resolve().parent):
-        raise InvalidSetting(f"{path} is inside a run folder, which holds its run alone. Choose another --compressed-tensors.")
+        raise InvalidSetting(f"{path} is inside a run folder, which only holds its run. Choose another --compressed-tensors.")
     if not path.exists() and not path.is_symlink():
         return
     if path.is_symlink() or not path.is_dir():
-        raise InvalidSetting(f"{path} exists and is no folder. Choose another --compressed-tensors.")
+        raise InvalidSetting(f"{path} exists and is not a folder. Choose another --compressed-tensors.")
     files = {item.relative_to(path).as_posix() for item in path.rglob("*") if not item.is_dir()}
     if not files:
         return
     if not {CONFIG, MODEL} <= files <= {CONFIG, MODEL, *huggingface_files()} or any(item.is_symlink() for item in path.rglob("*")):
         raise InvalidSetting(
-            f"{path} exists and is no folder that anybit exported, or holds files besides. Choose another --compressed-tensors."
+            f"{path} exists and is not a folder that anybit exported, or holds other files. Choose another --compressed-tensors."
         )
     if not overwrite:
         raise InvalidSetting(f"{path} exists. Choose another --compressed-tensors, or give --overwrite.")
@@ -261,14 +260,14 @@ def verify_folder(
     samples: int | None = 64,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Check an exported folder against its run: every stored number, and what transformers computes with it on real inputs.
+    """Check an exported folder against its run: every stored number, and the outputs of transformers on real inputs.
 
-    data      inputs, labelled where accuracy is wanted; left out, those that the run was made with
-    samples   how many of them are run (all where None)
+    data      inputs, labelled if accuracy is wanted; by default those of the run
+    samples   number of inputs to run (None: all)
 
-    `ok` says whether all promises hold, `failures` name what does not: the files are those that the run gives; and, where weights alone
-    are quantized, transformers computes what the simulation does up to float rounding. Where inputs are quantized, a code may fall the
-    other way, and what the format cannot hold is float; how far that goes is reported, not promised.
+    Returns a report: `ok` says whether all promises hold, and `failures` lists those that do not. The files must be those of the run; and
+    if only weights are quantized, transformers must compute what the simulation does up to float rounding. If inputs are quantized, codes
+    may round differently, and some inputs stay float; the resulting difference is reported, not judged.
     """
     path = Path(folder)
     canonical, file = opened(run, model)
@@ -281,7 +280,7 @@ def verify_folder(
         raise InvalidFile(f"{error} Export the run again, with --overwrite.") from error
     exported, files = _exported(canonical, file, any(f"{name}.weight_packed" in specs for name in embeddings))
     if not isinstance(settings, dict) or RUN not in settings:
-        raise InvalidFile(f"{path} is no folder that anybit exported. Write one with anybit export --compressed-tensors.")
+        raise InvalidFile(f"{path} is not a folder that anybit exported. Write one with anybit export --compressed-tensors.")
     if settings[RUN] != file.sha256:
         failures = ["The folder was exported from another run than this one, or the run has changed since."]
     else:
@@ -295,7 +294,7 @@ def verify_folder(
         "float_inputs": list(exported.float_inputs),
         "environment": environment("transformers", "compressed-tensors"),
     }
-    if failures:  # nothing else than the run's own files is given to transformers
+    if failures:  # only the run's own files are passed to transformers
         tell("result", ok=False, failures=failures)
         return report
     inputs = first_of(inputs_for(run, file, canonical.model, data, workers), samples)
@@ -313,13 +312,13 @@ def verify_folder(
             report["skipped"]["outputs"] = f"transformers does not load the format here: {' '.join(str(error).split())}"
             tell("result", ok=True, failures=[])
             return report
-    with redirect_stderr(io.StringIO()):  # unpacking, at the first inputs, draws a progress bar
+    with redirect_stderr(io.StringIO()):  # unpacking, at the first inputs, prints a progress bar
         there = outputs_of(loaded, batches)
     simulated = outputs_of(canonical.model, batches)
     report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
     floats = all(precision.activation_bits is None for precision in canonical.scheme.values())
     apart, largest = report["simulation"]["largest_difference"], report["simulation"]["largest_output"]
-    if floats and not apart <= FLOAT_TOLERANCE * largest:  # NaN is not
+    if floats and not apart <= FLOAT_TOLERANCE * largest:  # also fails for NaN
         failures.append(f"Outputs differ from the simulation's by up to {apart:.4g} (the largest is {largest:.4g}), in float alone.")
     report["ok"] = not failures
     tell("result", ok=report["ok"], failures=failures, accuracy=report.get("accuracy"))
@@ -329,9 +328,9 @@ def verify_folder(
 def _differences(
     path: Path, specs: Collection[str], settings: Mapping[str, Any], exported: Packed, files: Mapping[str, bytes]
 ) -> list[str]:
-    """Compare the folder with what the run gives; each difference is a sentence that names the layer or the setting."""
+    """Compare the folder with the run's export; each difference is a sentence that names the layer or the setting."""
     failures = [f"{key} is missing from {MODEL}." for key in exported.tensors if key not in specs]
-    failures += [f"{key} is in {MODEL} and not in what the run gives." for key in specs if key not in exported.tensors]
+    failures += [f"{key} is in {MODEL} but not in the run's export." for key in specs if key not in exported.tensors]
     there = load_tensors(path / MODEL, [key for key in exported.tensors if key in specs])
     for key, tensor in there.items():
         expected = exported.tensors[key]
@@ -340,15 +339,15 @@ def _differences(
         elif (different := int((tensor != expected).sum())) > 0:
             failures.append(f"{key}: {different} of {expected.numel()} stored numbers are not the run's.")
     own = json.loads(files[CONFIG])
-    keys = [key for key in {**settings, **own} if key != "transformers_version"]  # any may export and verify
-    failures += [f"{CONFIG}: {key} is not what the run gives." for key in keys if settings.get(key) != own.get(key)]
+    keys = [key for key in {**settings, **own} if key != "transformers_version"]  # the version may differ
+    failures += [f"{CONFIG}: {key} is not that of the run's export." for key in keys if settings.get(key) != own.get(key)]
     failures += [f"{name} is not what came with the network." for name in files if name != CONFIG and _content(path / name) != files[name]]
     read_too = [name for name in (*huggingface_files(), "adapter_config.json") if name not in files and (path / name).exists()]
     return failures + [f"{name} did not come with the network, and transformers may read it. Remove it." for name in read_too]
 
 
 def huggingface_files() -> tuple[str, ...]:
-    """Return the names of files that may come with a network; imports transformers, and only for those who call it."""
+    """Return the names of files that may come with a network. Imports transformers, only when called."""
     from anybit.sources.huggingface.folder import BESIDE
 
     return BESIDE

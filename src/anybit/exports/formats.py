@@ -1,4 +1,4 @@
-"""The export formats: one row per format, read without importing its writer."""
+"""The export formats, one row per format, read without importing its writer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,16 +12,17 @@ from anybit.sources.references import check_packages
 
 @dataclass(frozen=True)
 class Format:
-    """One format, and the functions that write and check it, as "module:function".
+    """An export format, and the functions that write and check it, as "module:function".
 
     name     as on the command line, `--name TARGET`
-    target   what is written, in words: FILE or FOLDER
-    accepts  whether an exported path is of this format
-    export   of (run, target, model=, overwrite=, and `options`);   verify  of (run, target, model=, data=, samples=, metric=, workers=)
-    options  option of the command line -> keyword of `export`;   without  why the format has none of the others' options
-    table    function of `reports.terminal` that prints what was exported;   verdict  the same of what was verified
+    target   kind of target in words: FILE or FOLDER
+    accepts  whether an exported path has this format
+    export   function of (run, target, model=, overwrite=, and `options`);   verify  of (run, target, model=, data=, samples=, metric=,
+             workers=)
+    options  option of the command line -> keyword of `export`;   without  why the format lacks the other formats' options
+    table    function of `reports.terminal` that prints the result of export;   verdict  the same for verify
     cached   whether both take `cache`, which keeps the graph that they share
-    packages  what it is written and run with, of the extra `extra`;   taken  raises where a target may not be written
+    packages  that it needs, from the extra `extra`;   taken  raises if a target may not be written
     """
 
     name: str
@@ -39,11 +40,11 @@ class Format:
     cached: bool = False
 
     def check_installed(self) -> None:
-        """Raise MissingPackage where it cannot be written or run here."""
+        """Raise MissingPackage if its packages are not installed."""
         check_packages("Exported files", self.extra, *self.packages)
 
     def run_export(self, run: str | Path, target: str | Path, options: Mapping[str, Any], **common: Any) -> dict[str, Any]:
-        """Write `run` to `target`; `options` by their names on the command line."""
+        """Write `run` to `target`; `options` have their names on the command line."""
         self.check_installed()
         self.taken(Path(target), common.get("overwrite", False))
         own = {self.options[name]: value for name, value in options.items() if name in self.options}
@@ -64,7 +65,7 @@ def _function(place: str) -> Callable[..., dict[str, Any]]:
 
 
 def check_new_file(path: Path, overwrite: bool) -> None:
-    """Raise InvalidSetting where the file is there and may not be overwritten."""
+    """Raise InvalidSetting if the file exists and may not be overwritten."""
     if path.exists() and not overwrite:
         raise InvalidSetting(f"{path} exists. Choose another --onnx, or give --overwrite.")
 
@@ -77,7 +78,7 @@ FORMATS = (
         export="anybit.exports.verbs:export",
         verify="anybit.exports.verbs:verify",
         options={"tables": "tables", "weight-only": "weight_only", "data": "data"},
-        without="an ONNX file packs them always",
+        without="an ONNX file always packs them",
         table="print_file",
         verdict="print_verdict",
         extra="onnx",
@@ -92,7 +93,7 @@ FORMATS = (
         export="anybit.exports.compressed_tensors:export_folder",
         verify="anybit.exports.compressed_tensors:verify_folder",
         options={"pack-embeddings": "embeddings"},
-        without="a folder of compressed-tensors takes none of them",
+        without="compressed-tensors folders have no such option",
         table="print_folder",
         verdict="print_folder_verdict",
         extra="compressed-tensors",
@@ -101,7 +102,7 @@ FORMATS = (
 
 
 def chosen_format(targets: Mapping[str, Path | None], options: Mapping[str, Any]) -> tuple[Format, Path]:
-    """Find the one format whose target is given; raise InvalidSetting where none or several are, or where it has not one of `options`."""
+    """Return the one format that has a target. Raises InvalidSetting if none or several do, or if it lacks one of `options`."""
     named = [(one, target) for one in FORMATS if (target := targets.get(one.name)) is not None]
     if len(named) != 1:
         raise InvalidSetting(f"Name what to write: {', or '.join(f'--{one.name} {one.target}' for one in FORMATS)}.")
@@ -120,5 +121,5 @@ def onnx_format() -> Format:
 
 
 def format_of(exported: Path) -> Format:
-    """Find the format of what was exported."""
+    """Return the format of an exported file or folder."""
     return next(one for one in FORMATS if one.accepts(exported))

@@ -11,10 +11,10 @@ from anybit.networks.observed import ObservedNetwork, rounded_to_nearest
 
 
 def try_export(network: ObservedNetwork, batch: Batch, cache: str | Path | bool = True) -> dict[str, Any]:
-    """Return `ok` (None where it could not be tried), the `reason` otherwise, and which `integer_layers` and `float_layers` a file has.
+    """Return `ok` (None if untested), else the `reason`, and the `integer_layers` and `float_layers` of the file.
 
-    What `export` refuses depends on the network and not on its weights, so that a file of the largest uniform scheme stands for all.
-    `cache` keeps the graph, which the run's own export then takes up.
+    Whether an export fails depends on the network but not on its weights, so that a file of the largest uniform scheme represents all.
+    `cache` stores the graph, which the run's own export then reuses.
     """
     try:
         from anybit.onnx.file import exported, session

@@ -1,11 +1,11 @@
-"""From a run folder to a file that runs, and what it takes there: export, verify, bench and profile, one function a verb."""
+"""From a run folder to a file that a runtime executes, one function per verb: export, verify, bench and profile."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import anybit.onnx  # isort: skip  # noqa: F401 - says which package is missing
+import anybit.onnx  # isort: skip  # noqa: F401 - raises if a package is missing
 
 import numpy as np
 import onnx_ir as ir
@@ -38,7 +38,7 @@ from anybit.sources.models import adapted_network, load_model, with_model_defaul
 from anybit.sources.preprocessing import Preprocessing
 
 EXAMPLES = 32
-"""Inputs that an export takes: a few tell its tensors apart, all give the ranges that the run does not have."""
+"""Inputs that an export runs: a few identify its tensors, all give the ranges that the run lacks."""
 
 CHECKED = 64
 """Inputs on which codes are compared one by one."""
@@ -56,15 +56,15 @@ def export(
     overwrite: bool = False,
     cache: str | Path | bool = True,
 ) -> dict[str, Any]:
-    """Write a run as an ONNX file: weights packed at their bits, int8 kernels when it runs. Returns what it holds.
+    """Write a run as an ONNX file with weights packed at their bits, which runs on int8 kernels. Returns a summary of the file.
 
     run     a run folder, or a result
-    model   as for `load`;   data  inputs of the network, of which a few are run; left out, those that the run was made with
-    tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
-    weight_only  linears with float inputs keep their weights packed as they run, at 2, 4 or 8 bits: faster where a few rows are computed
-    cache   where the network's graph is kept, without weights, for the next export, `verify` and `bench`: a folder, or the user's cache
+    model   as for `load`;   data  inputs of the network, of which a few are run; by default those of the run
+    tables  write SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
+    weight_only  keep the weights of linears with float inputs packed at run time, at 2, 4 or 8 bits: faster for a few rows
+    cache   folder of the network's graph, without weights, for later exports, `verify` and `bench`; True: the user's cache, False: none
 
-    Raises UnsupportedModel naming the operator where the network cannot be exported; no file is left then.
+    Raises UnsupportedModel naming the operator if the network cannot be exported; no file is left then.
     """
     path = Path(onnx)
     check_new_file(path, overwrite)
@@ -89,7 +89,7 @@ def export(
 
 @contextmanager
 def _graphs(cache: str | Path | bool) -> Iterator[Cache]:
-    """Yield the cache of exported graphs, trimmed to its limit after one is added."""
+    """Yield the cache of exported graphs, which is trimmed to its limit after one is added."""
     graphs = open_cache(cache)
     yield graphs
     if graphs.folder is not None and graphs.counts["made"]:
@@ -115,11 +115,12 @@ def verify(
     workers: int = 0,
     cache: str | Path | bool = True,
 ) -> dict[str, Any]:
-    """Check an exported file against its run on real inputs; `ok` says whether all promises hold, `failures` name what does not.
+    """Check an exported file against its run on real inputs. In the report, `ok` says whether all promises hold, `failures` lists those
+    that do not.
 
-    data      inputs, labelled where accuracy is wanted; left out, those that the run was made with
-    samples   how many of them run, from the first (all where None); codes are compared one by one on 64 at most
-    cache     as for `export`, whose graph is taken up
+    data      inputs, labelled if accuracy is wanted; by default those of the run
+    samples   number of inputs to run, from the first (None: all); codes are compared one by one on at most 64
+    cache     as for `export`, whose graph is reused
     """
     path = Path(onnx)
     canonical, file = opened(run, model)
@@ -137,7 +138,7 @@ def verify(
     enter("kernels and codes")
     verdict = verify_file(path, integer, graphs, canonical.model, first)
     report = verdict.to_json() | {"quantized_layers": len(canonical.scheme), "environment": _environment()}
-    if not verdict.numbers:  # it could not be run as this one
+    if not verdict.numbers:  # it could not be run
         tell("result", ok=report["ok"], failures=report["failures"])
         return report
     inputs = first_of(inputs, samples)
@@ -153,7 +154,7 @@ def verify(
 
 
 def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
-    """Run the file and read its outputs, which are in the order, and where they go by name have the names, that the network gives them."""
+    """Run the file and read its outputs, in the network's order and under its names."""
     with torch.no_grad():
         output = call(model, batches[0].head(2).inputs)
     by_name = isinstance(output, Mapping) and all(value is None or isinstance(value, torch.Tensor) for value in output.values())
@@ -177,9 +178,9 @@ def bench(
     threads: int = 1,
     cache: str | Path | bool = True,
 ) -> dict[str, Any]:
-    """Measure the size of the exported file against its bits, and its latency against the float network's in the same runtime, in turns.
+    """Measure the exported file's size against its bits, and its latency against the float network's in the same runtime, alternating.
 
-    cache   as for `export`, whose graph is taken up
+    cache   as for `export`, whose graph is reused
     """
     canonical, file = opened(run, model)
     inputs = inputs_for(run, file, canonical.model, data)
@@ -205,11 +206,11 @@ def profile(
     workers: int = 0,
     cache: str | Path | bool = True,
 ) -> dict[str, Any]:
-    """Measure how long each layer takes in float and on integers on this machine, and keep it for budgets of latency.
+    """Measure each layer's time in float and on integers on this machine, and store it for latency budgets.
 
     model, data, weights, preprocessing, keep  as for `calibrate`
-    overwrite   measure again where the network has been measured on this machine and runtime before
-    cache       where the network's graph is kept, as for `export`
+    overwrite   measure again even if the network was measured on this machine and runtime before
+    cache       folder of the network's graph, as for `export`
     """
     network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else adapted_network(model)
     adjusted = with_model_defaults(preprocessing, network)
@@ -234,7 +235,7 @@ def profile(
 
 
 def measured(floating: ir.Model, integer: ir.Model, inputs: Batch, rounds: int, threads: int = 1) -> dict[str, Any]:
-    """Measure bytes and latency of both graphs, in turns, in every runtime that is installed."""
+    """Measure bytes and latency of both graphs, alternating, in every installed runtime."""
     files = {name: ir.to_proto(graph).SerializeToString() for name, graph in (("float32", floating), ("exported", integer))}
     feeds = [tensor.numpy() for tensor in input_tensors(inputs)]
     runners = {}

@@ -1,1 +1,2 @@
-"""Files as data: written whole, read strictly, and results cached by key. Imports errors, progress, environment, settings and numerics."""
+"""Files as data: written atomically, read strictly, and results cached by key. Imports errors, progress, environment, settings,
+numerics."""

@@ -1,12 +1,12 @@
-"""Results that outlive the process: a run that was killed recalls, when it is run again, what it had finished.
+"""Results that outlive the process: a run that was killed and is repeated reuses the results that it had finished.
 
-    cache = Cache(folder).keyed(weights, data, code, machine)        what every result depends on
-    stage = cache.keyed("sensitivity", base)                         what the results of one stage depend on besides
-    value = stage("conv1 W4", make, read)                            computed and stored, or recalled
+    cache = Cache(folder).keyed(weights, data, code, machine)        everything that all results depend on
+    stage = cache.keyed("sensitivity", base)                         what the results of one stage also depend on
+    value = stage("conv1 W4", make, read)                            computed and stored, or read from the cache
 
-A result is a JSON record and tensors. It is stored in a file of its own, named by the SHA-256 of all that it depends on, which is moved
-into place whole; the file begins with the SHA-256 of the rest. A file that cannot be read is named in a warning and made again. Nothing in
-it is executed. Whether a result was computed or recalled, the caller gets what `read` returns for it, so both end with the same bytes.
+A result is a JSON record and tensors. It is stored atomically in its own file, named by the SHA-256 of all that it depends on; the file
+begins with the SHA-256 of its other bytes. An unreadable file causes a warning, and the result is computed again. Nothing in it is
+executed. Whether a result is computed or cached, the caller gets the value of `read`, so both end with the same bytes.
 """
 
 import hashlib
@@ -40,14 +40,14 @@ DIGEST_BYTES = 32
 KEY_NAME = re.compile(r"[0-9a-f]{64}")
 DRAFT = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]+\.tmp")
 RECENT = 5 * 10**9
-"""Nanoseconds within which a file may change again with the same time."""
+"""Nanoseconds within which a file may change again without a new modification time."""
 LIMIT = 10 * 10**9
-"""Bytes of results that are kept; beyond them the least recently used go."""
+"""Most bytes of stored results; beyond them, the least recently used are removed."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored result: a record that JSON can hold, and tensors."""
+    """A stored result: a JSON record, and tensors."""
 
     record: Any = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -55,20 +55,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cache:
-    """Results that depend on `key`, kept in `folder`; None keeps nothing. `counts` are of results "made", "recalled" and "damaged"."""
+    """Results that depend on `key`, stored in `folder` (None: not stored). `counts` are of results "made", "recalled" and "damaged"."""
 
     folder: Path | None = None
     key: str = ""
     counts: Counter = field(default_factory=Counter, compare=False)
 
     def keyed(self, *what: Any) -> "Cache":
-        """Return the same cache, for results that depend on `what` (anything that JSON can hold) too."""
+        """Return the same cache, for results that also depend on `what` (any JSON values)."""
         return replace(self, key=hashlib.sha256(json.dumps([self.key, *what], sort_keys=True).encode()).hexdigest())
 
     def __call__(self, name: str, make: Callable[[], Entry], read: Callable[[Entry], Value]) -> Value:
-        """Return `read` of the result called `name`, which is made by `make` unless it is stored already.
+        """Return the value that `read` makes of the result `name`, which is computed by `make` unless it is stored.
 
-        `read` raises ValueError, KeyError, TypeError or RuntimeError where the result is not what it should be.
+        `read` raises ValueError, KeyError, TypeError or RuntimeError if the result is invalid.
         """
         path = None if self.folder is None else self._path(name)
         if path is not None and path.is_file():
@@ -77,20 +77,20 @@ class Cache:
                 os.utime(path)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
                 self.counts["damaged"] += 1
-                warnings.warn(f"{path}, the kept result of {name}, is damaged ({_words(error)}): it is made again.", stacklevel=2)
+                warnings.warn(f"{path}, the stored result of {name}, is damaged ({_words(error)}): it is computed again.", stacklevel=2)
             else:
                 self.counts["recalled"] += 1
                 tell("recalled", result=name)
                 return value
         entry = make()
-        entry = replace(entry, record=json.loads(json.dumps(entry.record)))  # as it will be read
+        entry = replace(entry, record=json.loads(json.dumps(entry.record)))  # as it will be read back
         self.counts["made"] += 1
         if path is not None:
             self._keep(path, name, entry)
         return read(entry)
 
     def value(self, name: str, make: Callable[[], Any], read: Callable[[Any], Value] = lambda value: value) -> Value:
-        """Do the same for a result that JSON can hold."""
+        """Return the cached value for a result that is JSON, without tensors."""
         return self(name, lambda: Entry(make()), lambda entry: read(entry.record))
 
     def forget(self, name: str) -> None:
@@ -99,7 +99,7 @@ class Cache:
             _removed(self._path(name))
 
     def _path(self, name: str) -> Path:
-        assert self.folder is not None, "a result has a file where there is a folder"
+        assert self.folder is not None, "a cache without a folder has no files"
         key = self.keyed(name).key
         return self.folder / key[:2] / key
 
@@ -109,8 +109,8 @@ class Cache:
             write_whole(path, _serialized(name, entry))
         except OSError as error:
             if not self.counts["unwritable"]:
-                reason = f"{path.parent} takes no more ({error.strerror})"
-                warnings.warn(f"{reason}: the run goes on, but what it finishes is not kept.", stacklevel=3)
+                reason = f"{path.parent} cannot be written to ({error.strerror})"
+                warnings.warn(f"{reason}: the run continues, but its results are not stored.", stacklevel=3)
             self.counts["unwritable"] += 1
 
 
@@ -122,12 +122,12 @@ def _serialized(name: str, entry: Entry) -> bytes:
 
 
 def _read(path: Path) -> Entry:
-    """Read an entry. Raise InvalidFile if the file's bytes are not those that were written."""
+    """Read an entry. Raises InvalidFile if the file's bytes have changed."""
     data = path.read_bytes()
     if hashlib.sha256(data[DIGEST_BYTES:]).digest() != data[:DIGEST_BYTES]:
-        raise InvalidFile(f"{len(data)} bytes whose SHA-256 is not the one that they were written with")
+        raise InvalidFile(f"{len(data)} bytes whose SHA-256 differs from the stored one")
     try:
-        tensors = safetensors.torch.load(data[DIGEST_BYTES:])  # no pickle: a header of JSON, and numbers
+        tensors = safetensors.torch.load(data[DIGEST_BYTES:])  # no pickle: a JSON header, and numbers
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise InvalidFile(f"no tensors: {error}") from error
     record = parse_json(tensors.pop(RECORD).numpy().tobytes(), "its record")
@@ -145,7 +145,7 @@ def results_folder() -> Path | None:
 
 
 def open_cache(cache: str | Path | bool) -> Cache:
-    """Return the cache of this folder, of the user's cache directory (True), or one that stores nothing."""
+    """Return the cache in this folder, in the user's cache directory (True), or one that stores nothing (False)."""
     if isinstance(cache, bool):
         return Cache(results_folder() if cache else None)
     return Cache(Path(cache))
@@ -155,13 +155,13 @@ def settle(recall: Cache) -> None:
     """Report the reused results, and trim the cache to its limit."""
     if recall.counts["recalled"]:
         made = recall.counts["made"]
-        tell("note", note=f"{recall.counts['recalled']} results taken up from the cache, {made} made anew")
+        tell("note", note=f"{recall.counts['recalled']} results reused from the cache, {made} computed")
     if recall.folder is not None:
         trim_cache(recall.folder, LIMIT)
 
 
 def digest_of_files(files: Sequence[Path]) -> str:
-    """Return the SHA-256 over the contents of files, stored by names, sizes and times, so that unchanged files are read once."""
+    """Return the SHA-256 over the contents of files, cached by names, sizes and times, so that unchanged files are read once."""
 
     def read() -> str:
         whole = hashlib.sha256()
@@ -178,7 +178,7 @@ def digest_of_files(files: Sequence[Path]) -> str:
 
 @dataclass(frozen=True)
 class CachedFile:
-    """The file of a stored result, and when it was last used, in seconds since 1970."""
+    """The file of a stored result, and its last use in seconds since 1970."""
 
     path: Path
     bytes: int
@@ -195,7 +195,7 @@ def trim_cache(folder: Path, limit: int) -> int:
     """Remove the least recently used results until `limit` bytes are left, and leftovers of killed processes; return the bytes removed."""
     removed = 0
     for path, status in _files(folder, DRAFT):
-        if time.time() - status.st_mtime > 3600 and _removed(path):  # an older one has no process that still writes it
+        if time.time() - status.st_mtime > 3600 and _removed(path):  # no process still writes an older one
             removed += status.st_size
     files = entries(folder)
     total = sum(entry.bytes for entry in files)
@@ -218,7 +218,7 @@ def _removed(path: Path) -> bool:
 
 
 def remove_damaged(folder: Path) -> dict[Path, str]:
-    """Remove the results whose bytes have changed; return file -> its fault."""
+    """Remove the results whose bytes have changed; returns file -> its fault."""
     damaged = {}
     for entry in entries(folder):
         try:
@@ -232,7 +232,7 @@ def remove_damaged(folder: Path) -> dict[Path, str]:
 
 
 def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield only the files with names that a cache gives."""
+    """Yield only files whose names a cache uses."""
     for path in folder.glob("??/*"):
         try:  # another process may have trimmed it
             status = path.lstat()
@@ -246,7 +246,7 @@ def tidied(trim: int | None = None, check: bool = False) -> dict[str, Any]:
     """Describe the user's cache directory, after trimming it to `trim` bytes and removing damaged results on request."""
     folder = results_folder()
     if folder is None:
-        raise InvalidSetting("There is no cache: you have no home folder, and XDG_CACHE_HOME names no other.")
+        raise InvalidSetting("There is no cache: you have no home folder, and XDG_CACHE_HOME is not set.")
     removed = 0 if trim is None else trim_cache(folder, trim)
     damaged = {str(path): reason for path, reason in remove_damaged(folder).items()} if check else {}
     sizes = [entry.bytes for entry in entries(folder)]

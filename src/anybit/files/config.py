@@ -1,4 +1,4 @@
-"""Options from a file: TOML or JSON of option: value, or the report of a finished run, whose settings are taken."""
+"""Options from a file: TOML or JSON of option: value, or the report of a finished run, whose settings are used."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,9 @@ from anybit.settings import Option, Settings, check_known, inner_settings
 
 
 def read_options(path: Path, options: Mapping[str, Option], kinds: Sequence[type[Settings]], who: str) -> dict[str, Any]:
-    """Return name -> value of the options that a file gives. `kinds` are the classes of settings among them, the first the one that runs
-    record.
+    """Return name -> value of the options in a file. `kinds` are the classes of settings among them, first the one that runs record.
 
-    Raises InvalidSetting, or InvalidFile where the file is none, naming `who` asks, the file and the key.
+    Raises InvalidSetting, or InvalidFile if the file is malformed, naming the asking option `who`, the file and the key.
     """
     where = f"{who} {path}: "
     known = {written: name for name, one in options.items() for written in (name, one.written.strip("-").replace("-", "_"))}
@@ -24,7 +23,7 @@ def read_options(path: Path, options: Mapping[str, Option], kinds: Sequence[type
         name = known[key.replace("-", "_")]
         value = _from_file(options[name], value, f"{where}{name}")
         if values.setdefault(name, value) != value:
-            raise InvalidSetting(f"{where}{name} is given twice, as {values[name]!r} and {value!r}. Leave one of them.")
+            raise InvalidSetting(f"{where}{name} is given twice, as {values[name]!r} and {value!r}. Keep one of them.")
     return values
 
 
@@ -43,7 +42,7 @@ def _content(path: Path, kinds: Sequence[type[Settings]], where: str) -> Mapping
 
 
 def _items(data: Mapping[str, Any], inner: set[str]) -> list[tuple[str, Any]]:
-    """Yield the items of a mapping, those within `csq`, `train` and other `inner` settings among them."""
+    """List the items of a mapping, including those within `csq`, `train` and other `inner` settings."""
     parts = [value.items() if key in inner and isinstance(value, dict) else [(key, value)] for key, value in data.items()]
     return [item for part in parts for item in part]
 

@@ -1,7 +1,7 @@
-"""A SHA-256 over what values hold, the same in every process: numbers, arrays, objects, networks, and the code of functions and classes.
+"""A SHA-256 over values, the same in every process: numbers, arrays, objects, networks, and the code of functions and classes.
 
-Code of the user's own counts with all that it reads by name: functions that it calls, globals, what a closure holds. Code of installed
-packages counts by its name: what it does shows in a network's outputs, and versions are compared elsewhere.
+User code is hashed with everything that it reads by name: functions that it calls, globals, and closures. Code of installed packages is
+hashed by name: its effect shows in a network's outputs, and versions are compared elsewhere.
 """
 
 import functools
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...), Path, torch.dtype, torch.device, np.generic)
 WALKED = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"}
-"""Attributes of an nn.Module that are looked at by themselves, or say nothing."""
+"""Attributes of an nn.Module that are hashed separately, or carry no information."""
 
 
 def digest(tensors: Mapping[str, Tensor] | Iterable[Tensor]) -> str:
-    """Return the SHA-256 over the bytes, types and shapes of tensors, and over their names where they have any."""
+    """Return the SHA-256 over the bytes, types and shapes of tensors, and over their names if they have any."""
     whole = hashlib.sha256()
     for name, tensor in tensors.items() if isinstance(tensors, Mapping) else (("", tensor) for tensor in tensors):
         whole.update(f"{name}{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -35,13 +35,13 @@ def digest(tensors: Mapping[str, Tensor] | Iterable[Tensor]) -> str:
 
 
 def contents_of(value: Any) -> str:
-    """Return the SHA-256 of all that `value` holds; of what cannot be looked into, one that nothing else has, in any process."""
+    """Return the SHA-256 of `value` with its contents; for an opaque value, one that no other value in any process has."""
     return _digested(value, _Walk(lambda value: f"{_type_name(value)} {os.getpid()} {id(value)}"))
 
 
 def network_contents(model: nn.Module) -> dict[str, str]:
-    """Return the name of each module -> a digest of what the state dict does not hold: its code, attributes, hooks and non-persistent
-    buffers. What cannot be looked into counts by its type: the outputs of a network are compared besides."""
+    """Return module name -> digest of what its state dict omits: its code, attributes, hooks and non-persistent buffers. Opaque values are
+    hashed by type, since the outputs of a network are compared, too."""
     names = {id(module): name for name, module in model.named_modules()}
     digests = {}
     for name, module in model.named_modules():
@@ -52,12 +52,13 @@ def network_contents(model: nn.Module) -> dict[str, str]:
 
 @dataclass
 class _Walk:
-    """One walk over a value. `around` are the values that the present one is in, so that a circle ends; `known` those that are done.
+    """One walk over a value. `around` are the values that contain the current one, to detect cycles; `known` the finished ones.
 
-    opaque  says what stands for a value that cannot be looked into
-    names   id of a module -> the name by which it goes
-    root    a module of a network: what the state dict holds of it is left out, and so are objects of installed packages, such as a
-            configuration, whose effect shows elsewhere
+    opaque  returns the substitute for an opaque value
+    names   id of a module -> its name
+    root    a module of a network: its state dict is left out, and so are objects of installed packages, such as a configuration, whose
+            effect
+            shows elsewhere
     """
 
     opaque: Callable[[Any], str]
@@ -115,7 +116,7 @@ def _type_name(value: Any) -> str:
 
 @functools.singledispatch
 def _add(value: Any, walk: _Walk) -> None:
-    """Add an object of any other type: its class and what it holds."""
+    """Add an object of any other type: its class and its contents."""
     walk.add(type(value))
     if walk.root is not None and _is_installed(type(value).__module__):
         return
@@ -196,19 +197,19 @@ def _add_class(value: type, walk: _Walk) -> None:
 @_add.register
 def _add_function(value: FunctionType, walk: _Walk) -> None:
     walk.put("function", value.__module__, value.__qualname__)
-    if value.__module__ in (None, "builtins") or not _is_installed(value.__module__):  # what `exec` makes seems to be a builtin
+    if value.__module__ in (None, "builtins") or not _is_installed(value.__module__):  # functions made by `exec` look like builtins
         walk.add(value.__defaults__)
         walk.add(value.__kwdefaults__)
         _add_code(value.__code__, value.__globals__, walk)
         for cell in value.__closure__ or ():
             try:
                 walk.add(cell.cell_contents)
-            except ValueError:  # nothing in it yet
+            except ValueError:  # still empty
                 walk.put("empty")
 
 
 def _add_code(code: CodeType, names: Mapping[str, Any], walk: _Walk) -> None:
-    """Add code, and what it reads by name: functions, classes and values of its module, and those of other modules of the user's."""
+    """Add code, and everything that it reads by name: functions, classes and values of its module, and user modules."""
     walk.put(code.co_code, code.co_names, code.co_varnames)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -241,7 +242,7 @@ def _add_name(value: Any, walk: _Walk) -> None:
 
 
 def _functions(member: Any) -> Iterator[FunctionType]:
-    """Yield the Python functions in a class's attribute, seen through decorators."""
+    """Yield the Python functions in a class's attribute, unwrapped from decorators."""
     for part in [member.fget, member.fset] if isinstance(member, property) else [getattr(member, "__func__", member)]:
         while isinstance(part, FunctionType):
             yield part
@@ -250,7 +251,7 @@ def _functions(member: Any) -> Iterator[FunctionType]:
 
 @functools.cache
 def _is_installed(module: str) -> bool:
-    """Return whether a module is of Python or an installed package, or anybit's own."""
+    """Return whether a module belongs to Python, to an installed package or to anybit."""
     if module.partition(".")[0] in ("anybit", "torch", *sys.stdlib_module_names):
         return True
     file = getattr(sys.modules.get(module), "__file__", None) or ""

@@ -1,4 +1,4 @@
-"""A file of JSON lines that is appended to as long as there is room."""
+"""A file of JSON lines, appended to until the disk is full."""
 
 import json
 import math
@@ -17,11 +17,11 @@ START = b'{"time": '
 
 @contextmanager
 def appended(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield a sink that appends each record to the file at once; a disk that fills costs one warning and the rest of the log, not the work.
+    """Yield a sink that appends each record to the file immediately; a full disk costs one warning and the rest of the log, not the work.
 
-    No logging.FileHandler, which would go on printing an error for each event.
+    Not a logging.FileHandler, which would print an error for each further event.
 
-    Raises InvalidSetting where the first record cannot be written, or where the file holds anything but a log.
+    Raises InvalidSetting if the first record cannot be written, or if the file is not a log.
     """
     file, begun, failed = _opened(path), False, False
 
@@ -37,17 +37,17 @@ def appended(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
             if not begun:
                 raise InvalidSetting(f"--log {path} cannot be written: {error.strerror}. Choose another file.") from error
             failed = True
-            warnings.warn(f"--log {path} ends here: {error.strerror}. The work goes on without it.", stacklevel=2)
+            warnings.warn(f"--log {path} ends here: {error.strerror}. The work continues without it.", stacklevel=2)
 
     try:
         yield write
     finally:
-        with suppress(OSError):  # what could not be flushed before
+        with suppress(OSError):  # the rest could not be flushed before
             file.close()
 
 
 def _opened(path: Path) -> TextIO:
-    """Open the file at its end; a last line that was cut off by a kill is ended first."""
+    """Open the file at its end; a last line that a kill cut off is completed first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         cut = _cut_off(path)
@@ -59,7 +59,7 @@ def _opened(path: Path) -> TextIO:
 
 
 def _cut_off(path: Path) -> bool:
-    """Return whether the log's last line has no end. Raise InvalidSetting if the file is no log: appending would damage it."""
+    """Return whether the log's last line is incomplete. Raises InvalidSetting if the file is not a log, which appending would damage."""
     if not path.is_file() or path.stat().st_size == 0:
         return False
     with open(path, "rb") as file:
@@ -67,12 +67,12 @@ def _cut_off(path: Path) -> bool:
         file.seek(-1, 2)
         last = file.read(1)
     if not START.startswith(first[: len(START)]):
-        raise InvalidSetting(f"--log {path} exists and is no log of anybit. Choose another file.")
+        raise InvalidSetting(f"--log {path} exists and is not a log of anybit. Choose another file.")
     return last != b"\n"
 
 
 def plain(value: Any) -> Any:
-    """Return `value` as JSON can hold it: NaN and infinity are null, anything unknown is its text."""
+    """Return `value` as JSON: NaN and infinity become null, unknown types their text."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,10 +1,10 @@
-"""Files are data: JSON and tensors are read strictly, and nothing in them is executed; what is written is there whole or not at all.
+"""Files are data: JSON and tensors are read strictly, nothing in them is executed, and writing is atomic.
 
-    JSON      an object names no key twice; no NaN, no infinity, no integer beyond 64 bits, no text outside UTF-8; 64 levels at most
-    tensors   exactly the expected names, types and shapes, which the header tells before any of them is read; finite
-    digest    of a JSON file whose numbers nothing else guards: SHA-256 of the rest of it. What was changed without it is refused
+    JSON      no key twice in an object; no NaN, no infinity, no integer beyond 64 bits, no text outside UTF-8; at most 64 levels
+    tensors   exactly the expected names, types and shapes, which are checked in the header before any tensor is read; finite
+    digest    in a JSON file that nothing else guards: SHA-256 of the rest. A change without a new digest is an error
 
-A digest tells damage and slips; it is no signature. Reading takes memory in proportion to the file's size, whatever the file claims.
+A digest detects damage and slips; it is not a signature. Reading takes memory in proportion to the file's size, whatever the file claims.
 """
 
 import hashlib
@@ -32,15 +32,15 @@ Value = TypeVar("Value")
 
 
 def parse_json(content: bytes | str, where: str) -> Any:
-    """Parse the JSON value in `content`, which `where` names in errors."""
+    """Parse the JSON value in `content`; `where` names it in errors."""
     try:
         text = content if isinstance(content, str) else content.decode("utf8")
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
         _check_value(value)
     except RecursionError as error:
-        raise InvalidFile(f"{where} is not valid JSON: it is nested deeper than {LEVELS} levels. Restore it or make it again.") from error
+        raise InvalidFile(f"{where} is not valid JSON: it is nested deeper than {LEVELS} levels. Restore or recreate it.") from error
     except ValueError as error:
-        raise InvalidFile(f"{where} is not valid JSON: {in_words(error)}. Restore it or make it again.") from error
+        raise InvalidFile(f"{where} is not valid JSON: {in_words(error)}. Restore or recreate it.") from error
     return value
 
 
@@ -56,28 +56,28 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InvalidFile(f"{path} cannot be read: {error.strerror}. Restore it or make it again.") from error
+        raise InvalidFile(f"{path} cannot be read: {error.strerror}. Restore or recreate it.") from error
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write indented JSON with a final newline; numbers that JSON cannot hold are refused."""
+    """Write indented JSON with a final newline. Raises ValueError for numbers that JSON cannot represent."""
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf8")
 
 
 def _refuse_constant(text: str):
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"{reprlib.repr(twice)} stands twice in one object")
+        raise ValueError(f"{reprlib.repr(twice)} occurs twice in one object")
     return values
 
 
 def _check_value(value: Any) -> None:
-    """Raise ValueError where what Python's parser lets pass is no JSON that other readers share."""
+    """Raise ValueError for values that Python's parser accepts but other JSON readers do not."""
     ahead = [(value, 1)]
     while ahead:
         one, level = ahead.pop()
@@ -87,25 +87,25 @@ def _check_value(value: Any) -> None:
             inner = [*one, *one.values()] if isinstance(one, dict) else one
             ahead += [(item, level + 1) for item in inner]
         elif isinstance(one, str):
-            one.encode("utf8")  # a lone half of a pair cannot be written again
+            one.encode("utf8")  # half of a surrogate pair cannot be written again
         elif isinstance(one, float) and not math.isfinite(one):
-            raise ValueError("a number is beyond what 64 bits hold")
+            raise ValueError("a number exceeds 64 bits")
         elif isinstance(one, int) and not -(2**63) <= one < 2**63:
-            raise ValueError(f"an integer of {one.bit_length()} bits is beyond 64")
+            raise ValueError(f"an integer has {one.bit_length()} bits, more than 64")
 
 
-# What a JSON file is to say
+# Contents of a JSON file
 
 
 def check_version(data: Any, path: Path | str, newest: int) -> None:
-    """Raise InvalidFile where `data`, read from `path`, is no object of a format version that is known here."""
+    """Raise InvalidFile unless `data`, read from `path`, is an object with a supported format version."""
     if not isinstance(data, dict):
-        raise InvalidFile(f"{path} holds a {type(data).__name__}, not a JSON object. Restore it or make it again.")
+        raise InvalidFile(f"{path} holds a {type(data).__name__}, not a JSON object. Restore or recreate it.")
     version = data.get("version")
     if type(version) is int and version > newest:
         raise InvalidFile(f"{path} has format version {version}; this anybit reads up to {newest}. Upgrade anybit.")
     if type(version) is not int or version < 1:
-        raise InvalidFile(f"{path}: version is {reprlib.repr(version)}, not a number from 1 to {newest}. Restore it or make it again.")
+        raise InvalidFile(f"{path}: version is {reprlib.repr(version)}, not a number from 1 to {newest}. Restore or recreate it.")
 
 
 def validated(kind: type[Value], data: Any, where: str) -> Value:
@@ -113,9 +113,9 @@ def validated(kind: type[Value], data: Any, where: str) -> Value:
     try:
         return TypeAdapter(kind).validate_python(data, strict=True)
     except ValidationError as error:
-        raise InvalidFile(f"{where}: {_first_difference(error)}. Restore it or make it again.") from error
+        raise InvalidFile(f"{where}: {_first_difference(error)}. Restore or recreate it.") from error
     except RecursionError as error:
-        raise InvalidFile(f"{where} is nested too deeply. Restore it or make it again.") from error
+        raise InvalidFile(f"{where} is nested too deeply. Restore or recreate it.") from error
 
 
 def _first_difference(error: ValidationError) -> str:
@@ -136,21 +136,21 @@ def sha256_of(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InvalidFile(f"{path} cannot be read: {error.strerror}. Restore it or make it again.") from error
+        raise InvalidFile(f"{path} cannot be read: {error.strerror}. Restore or recreate it.") from error
 
 
 def digest_of(data: Any) -> str:
-    """Return the SHA-256 of a JSON value, however a file lays it out."""
+    """Return the SHA-256 of a JSON value, independent of its layout in a file."""
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 def sealed(data: Mapping[str, Any], unguarded: Iterable[str] = ()) -> dict[str, Any]:
-    """Return `data` with the digest of all but its `unguarded` keys."""
+    """Return `data` with a digest of all its keys except the `unguarded` ones."""
     return {**data, DIGEST: _seal_of(data, unguarded)}
 
 
 def read_sealed(path: Path, newest: int, remedy: str, unguarded: Iterable[str] = ()) -> dict[str, Any]:
-    """Read an object of a known version. Raise InvalidFile if its digest is not the one that `sealed` gave it."""
+    """Read an object of a supported version. Raises InvalidFile if its digest does not match."""
     data = read_json(path)
     check_version(data, path, newest)
     check_sealed(data, str(path), remedy, unguarded)
@@ -158,11 +158,11 @@ def read_sealed(path: Path, newest: int, remedy: str, unguarded: Iterable[str] =
 
 
 def check_sealed(data: Mapping[str, Any], where: str, remedy: str, unguarded: Iterable[str] = ()) -> None:
-    """Raise InvalidFile where the object has another digest than its content."""
+    """Raise InvalidFile if the object's digest does not match its content."""
     if DIGEST not in data:
-        raise InvalidFile(f"{where} has no {DIGEST}: it is of an earlier anybit, or has been edited. {remedy}")
+        raise InvalidFile(f"{where} has no {DIGEST}: it is from an earlier anybit, or was edited. {remedy}")
     if data[DIGEST] != _seal_of(data, unguarded):
-        raise InvalidFile(f"{where} is not as it was written: its {DIGEST} differs from its content's. Restore it. {remedy}")
+        raise InvalidFile(f"{where} was changed after it was written: its {DIGEST} does not match its content. Restore it. {remedy}")
 
 
 def _seal_of(data: Mapping[str, Any], unguarded: Iterable[str]) -> str:
@@ -173,7 +173,7 @@ def _seal_of(data: Mapping[str, Any], unguarded: Iterable[str]) -> str:
 # Tensors
 
 FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
-"""Types of floats in a run's files; PyTorch cannot tell whether others are finite."""
+"""Types of floats in a run's files; PyTorch cannot check whether others are finite."""
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
@@ -184,7 +184,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
             specs = {name: TensorSpec(view.get_dtype(), tuple(view.get_shape())) for name, view in slices.items()}
             return specs, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore it or make it again.") from error
+        raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore or recreate it.") from error
 
 
 def read_tensors(path: Path, expected: Mapping[str, TensorSpec], framework: Literal["pt", "np"] = "pt") -> dict[str, Any]:
@@ -199,27 +199,27 @@ def load_tensors(path: Path, names: Iterable[str], framework: Literal["pt", "np"
         with safe_open(path, framework=framework) as file:
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
-        raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore it or make it again.") from error
+        raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore or recreate it.") from error
     for name, tensor in tensors.items():
         if framework == "pt" and tensor.is_floating_point() and str(tensor.dtype) not in FLOATS:
-            raise InvalidFile(f"{path}: tensor {name} holds {tensor.dtype}, which no run has. Restore it or make it again.")
+            raise InvalidFile(f"{path}: tensor {name} holds {tensor.dtype}, which no run has. Restore or recreate it.")
         if not _finite(tensor):
-            raise InvalidFile(f"{path}: tensor {name} holds NaN or infinity. Restore it or make it again.")
+            raise InvalidFile(f"{path}: tensor {name} holds NaN or infinity. Restore or recreate it.")
     return tensors
 
 
 def check_tensors(path: Path, specs: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
-    """Raise InvalidFile where the names, types and shapes of a file's tensors are not those that are expected."""
+    """Raise InvalidFile unless the names, types and shapes of a file's tensors are as expected."""
     if set(specs) != set(expected):
         lacking, surplus = sorted(set(expected) - set(specs)), sorted(set(specs) - set(expected))
         said = (
             f"tensors lacking: {reprlib.repr(lacking) if lacking else 'none'}; unexpected: {reprlib.repr(surplus) if surplus else 'none'}"
         )
-        raise InvalidFile(f"{path}: {said}. Restore it or make it again.")
+        raise InvalidFile(f"{path}: {said}. Restore or recreate it.")
     for name, spec in expected.items():
         if specs[name] != TensorSpec(spec.dtype, tuple(spec.shape)):
             there = f"{specs[name].dtype} {reprlib.repr(list(specs[name].shape))}"
-            raise InvalidFile(f"{path}: tensor {name} is {there}; {spec.dtype} {list(spec.shape)} is needed. Restore it or make it again.")
+            raise InvalidFile(f"{path}: tensor {name} is {there}; {spec.dtype} {list(spec.shape)} is needed. Restore or recreate it.")
 
 
 def _finite(tensor: Any) -> bool:
@@ -229,5 +229,5 @@ def _finite(tensor: Any) -> bool:
 
 
 def in_words(error: BaseException) -> str:
-    """Return an error's message on one line of bounded length; its type if it has none."""
+    """Return an error's message on one line of bounded length, or its type if it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

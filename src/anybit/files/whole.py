@@ -1,7 +1,7 @@
-"""Write a file or a folder whole or not at all: into a draft of its own beside the place, moved there once it is done.
+"""Write a file or a folder completely or not at all: as a draft of its own beside the target, moved there when it is done.
 
-A draft is locked for as long as its process lives, so that what a killed one left is known from what another process still writes. Nothing
-else beside the place is ever touched, whatever its name.
+A draft is locked while its process lives, which distinguishes leftovers of killed processes from drafts that another process is writing.
+Nothing else beside the target is touched, whatever its name.
 """
 
 import fcntl
@@ -16,11 +16,11 @@ from pathlib import Path
 from anybit.errors import AnybitError, InvalidSetting
 
 OLD = "old"
-"""Name of the replaced file or folder while it waits in the draft's folder."""
+"""Name of the replaced file or folder while it is in the draft's folder."""
 
 
 def is_draft(name: str, of: str) -> bool:
-    """Return whether `name` is one that drafts of the file or folder called `of` get."""
+    """Return whether `name` is a name that drafts of the file or folder `of` get."""
     return re.fullmatch(re.escape(_stem(of)) + r"\.[0-9a-f]{16}\.anybit", name) is not None
 
 
@@ -30,9 +30,9 @@ def _stem(name: str) -> str:
 
 @contextmanager
 def drafts_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path` for its draft, locked, and removed with all that is in it afterwards.
+    """Yield a new folder beside `path` for its draft, locked, and removed with its contents afterwards.
 
-    Drafts of `path` that killed processes have left go first; one with what was being replaced only if something stands in its place.
+    Drafts of `path` left by killed processes are removed first; one with a replaced file only if something exists in its place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_behind(path)
@@ -42,9 +42,9 @@ def drafts_folder(path: Path) -> Iterator[Path]:
             folder = path.parent / f"{_stem(path.name)}.{secrets.token_hex(8)}.anybit"
             folder.mkdir()
             lock = os.open(folder, os.O_RDONLY)
-            with suppress(OSError):  # a file system without locks, where no draft counts as abandoned
+            with suppress(OSError):  # on a file system without locks, no draft counts as abandoned
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.exists():  # another process took it for an abandoned one before it was locked
+            if not folder.exists():  # another process removed it as abandoned before it was locked
                 os.close(lock)
                 lock = None
         yield folder
@@ -56,7 +56,7 @@ def drafts_folder(path: Path) -> Iterator[Path]:
 
 
 def _remove_left_behind(path: Path) -> None:
-    with suppress(OSError):  # a folder that may be written to and not listed
+    with suppress(OSError):  # a folder that can be written to but not listed
         for draft in [one for one in path.parent.iterdir() if is_draft(one.name, path.name) and not one.is_symlink()]:
             with suppress(OSError), _locked(draft):
                 if path.exists() or not (draft / OLD).exists():
@@ -65,7 +65,7 @@ def _remove_left_behind(path: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder. Raise OSError where another process has."""
+    """Lock a folder. Raises OSError if another process holds the lock."""
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,10 +78,10 @@ def _locked(folder: Path) -> Iterator[None]:
 def whole_file(path: Path, remedy: str) -> Iterator[Path]:
     """Yield a draft of `path` to write into. It replaces `path` when the block succeeds and is removed when it fails.
 
-    Raises AnybitError where the disk is full or the folder is not to be written to; what was at `path` before is there still. Of several
-    writers the last one's file stays.
+    Raises AnybitError if the disk is full or the folder is not writable; the previous file at `path` is left unchanged. Of several writers,
+    the last one's file remains.
     """
-    from safetensors import SafetensorError  # a command looks at places before it imports what it computes with
+    from safetensors import SafetensorError  # commands check paths before importing heavy packages
 
     try:
         with drafts_folder(path) as folder:
@@ -89,7 +89,7 @@ def whole_file(path: Path, remedy: str) -> Iterator[Path]:
             (folder / path.name).replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or _words(error)
-        raise AnybitError(f"{path} cannot be written: {reason}. Nothing of it is left behind. {remedy}") from error
+        raise AnybitError(f"{path} cannot be written: {reason}. No part of it is left behind. {remedy}") from error
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -104,15 +104,15 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def check_place(path: Path, option: str) -> None:
-    """Raise InvalidSetting if nothing can be written at `path`, the user's value of `option`; called before long work."""
+    """Raise InvalidSetting if nothing can be written at `path`, the user's value of `option`. Called before long work."""
     try:
         text = os.fspath(path)
         os.fsencode(text).decode()
         if path.is_symlink() and not path.exists():
-            raise InvalidSetting(f"{path} is a link to nothing. Choose another {option}.")
+            raise InvalidSetting(f"{path} is a broken link. Choose another {option}.")
         whole = path.resolve()
         if Path.cwd().is_relative_to(whole):
-            raise InvalidSetting(f"{path} is the folder that you are in, or one around it. Name a new one inside: {option} {path / 'run'}.")
+            raise InvalidSetting(f"{path} is the current folder, or contains it. Name a new one inside: {option} {path / 'run'}.")
         above = next(folder for folder in (whole, *whole.parents) if folder.exists())
     except InvalidSetting:
         raise
@@ -120,9 +120,9 @@ def check_place(path: Path, option: str) -> None:
         reason = getattr(error, "strerror", None) or _words(error)
         raise InvalidSetting(f"{str(path)!r} cannot be written: {reason}. Choose another {option}.") from error
     if above != whole and not above.is_dir():
-        raise InvalidSetting(f"{path} cannot be written: {above} is no folder. Choose another {option}.")
+        raise InvalidSetting(f"{path} cannot be written: {above} is not a folder. Choose another {option}.")
     if not os.access(above if above != whole else whole.parent, os.W_OK | os.X_OK):
-        raise InvalidSetting(f"{path} cannot be written: {above} is not to be written to. Choose another {option}.")
+        raise InvalidSetting(f"{path} cannot be written: {above} is not writable. Choose another {option}.")
 
 
 def _words(error: Exception) -> str:

@@ -1,1 +1,1 @@
-"""Loops that methods share: the training epochs, their checkpoints, several processes. Imports networks and below."""
+"""Loops that methods share: training epochs, checkpoints, several processes. Imports networks and below."""

@@ -19,7 +19,7 @@ from anybit.loops.trainee import Trainee
 from anybit.networks.states import check_state, spec_of
 from anybit.numerics.packing import TensorSpec
 
-# Checkpoints: one safetensors file, its JSON in the header; replaced in one move
+# A checkpoint is one safetensors file with its JSON in the header, replaced atomically
 
 
 class EpochRecord(BaseModel):
@@ -42,7 +42,7 @@ class CheckpointRecord(BaseModel):
 
 
 CONTENTS = "all of the data"
-"""The entry of an identity that checkpoints of anybit 0.1 do not have; nor do they say anything of modules."""
+"""Entry of an identity that checkpoints of anybit 0.1 lack, as they lack those of modules."""
 AGAIN = "Remove it to start again, or restore it."
 
 
@@ -55,13 +55,13 @@ def save_checkpoint(
     tensors |= {f"method.{key}": tensor.contiguous().clone() for key, tensor in trainee.state().items()}
     about = json.dumps({"version": 1, "records": records, "identity": dict(identity), "decisions": trainee.decisions()})
     anew = "Make room, or choose another --output."
-    on = f"Make room: the same command continues from the checkpoint of epoch {len(records) - 1}, which is kept."
+    on = f"Make room: the same command continues from the checkpoint of epoch {len(records) - 1}."
     with whole_file(path, on if path.is_file() else anew) as draft:
         save_file(tensors, draft, metadata={"anybit": about, DIGEST: _digest(about, tensors)})
 
 
 def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of all that a checkpoint holds."""
+    """Return the SHA-256 of the checkpoint's contents."""
     whole = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -70,7 +70,7 @@ def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def resume_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Load a checkpoint into the trainee and its optimizer; returns its records. Refused where a setting differs."""
+    """Load a checkpoint into the trainee and its optimizer; returns its records. Raises InvalidSetting if a setting differs."""
     specs, metadata = read_header(path)
     told = parse_json(metadata.get("anybit", ""), f"{path}: its record")
     check_version(told, path, 1)
@@ -106,17 +106,17 @@ def resume_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optim
 
 
 def _check_records(records: Sequence[Mapping[str, Any]], trainee: Trainee, path: Path) -> None:
-    """Raise InvalidFile where the records are not one for each epoch, all alike, with what the method tells."""
+    """Raise InvalidFile unless there is one record per epoch, all alike, with the method's fields."""
     model = {"epoch": 0, "loss": 0.0, "train_top1": records[0].get("train_top1"), **trainee.summary()}
     for number, record in enumerate(records, 1):
         if record["epoch"] != number:
             raise InvalidFile(f"{path}: record {number} is of epoch {record['epoch']}. {AGAIN}")
         if not _alike(record, records[0]) or not _alike({key: record.get(key) for key in model}, model):
-            raise InvalidFile(f"{path}: the record of epoch {number} does not tell what training records. {AGAIN}")
+            raise InvalidFile(f"{path}: the record of epoch {number} lacks fields that training records. {AGAIN}")
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two JSON values have the same keys and kinds of values; a number and null are alike."""
+    """Return whether two JSON values have the same keys and kinds of values; a number and null count as alike."""
     if isinstance(one, Mapping) or isinstance(other, Mapping):
         both = isinstance(one, Mapping) and isinstance(other, Mapping) and {*map(str, one)} == {*map(str, other)}
         return both and all(_alike(value, {str(k): v for k, v in other.items()}[str(key)]) for key, value in one.items())
@@ -125,7 +125,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _expected(specs: Mapping[str, TensorSpec], trainee: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, TensorSpec]:
-    """The tensors of a checkpoint: network and method whole, and Adam's three of each parameter that has any in `specs`."""
+    """Return the tensors of a checkpoint: network and method, and Adam's three for each parameter that has any in `specs`."""
     expected = {f"model.{key}": spec_of(tensor) for key, tensor in trainee.model.state_dict().items()}
     expected |= {f"method.{key}": spec_of(tensor) for key, tensor in trainee.state().items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""Solve a unit in closed form: the codes of its layers, one after the other, from the moments of what those before it give it."""
+"""Solve a unit in closed form: the codes of its layers, one after the other, from the moments of their inputs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from anybit.networks.patches import draw_places, patches, real_rows
 from anybit.numerics.quantizers import frozen
 
 Drawn = list[list[tuple[Tensor, Tensor]]]
-"""Of each chunk and each call in it: places, and the patches [groups, places, fan-in] of the float network there."""
+"""Places and the float network's patches [groups, places, fan-in] there, for each chunk and each call in it."""
 
 
 @torch.no_grad()
@@ -30,10 +30,10 @@ def solve_unit(
     seed: int,
     memory: int,
 ) -> dict[str, float]:
-    """Choose the codes of the layers `names` of `module` by `solver`, in place, each on what those before it give it.
+    """Choose the codes of the layers `names` of `module` by `solver`, in place, each given the layers solved before it.
 
-    `sides` are the fitting and the held-out data, `finish` the activation after the unit. The start is put back where the unit's error on
-    held-out inputs has not fallen. Returns that error `before` and `solved`, as it was left.
+    `sides` are the fitting and the held-out data, `finish` the activation after the unit. The start is restored unless the unit's error on
+    held-out inputs falls. Returns that error `before` and `solved`, after the possible restoration.
     """
     fitting, held_out = sides
     layers = {name: layer for name in names if has_patches(layer := layers_in(module)[name])}
@@ -56,7 +56,7 @@ def solve_unit(
 def solve_weight(float_layer: nn.Module, rounded: Tensor, scale: Tensor, bits: int, moments: Moments, solver: Solver) -> WeightCandidate:
     """Return the solver's candidate for a layer; `rounded` and `scale` are codes and scales of rounding to nearest, as in a candidate.
 
-    The bias makes up for what the means of the inputs lose.
+    The bias compensates for the change of the inputs' means.
     """
     weight = matrix(float_layer)
     codes, scales = solver(weight, moments, scale.view(*weight.shape[:2], -1), bits, rounded.view(weight.shape).to(weight.dtype))
@@ -69,7 +69,7 @@ def solve_weight(float_layer: nn.Module, rounded: Tensor, scale: Tensor, bits: i
 
 
 def _moments(module: nn.Module, layer: QuantizedLayer, data: UnitData, drawn: Drawn, memory: int, centred: bool) -> Moments:
-    """Return the moments of what `layer` reads: at the places drawn, X as drawn there and Xq as `module` computes it now."""
+    """Return the moments of the layer's inputs at the drawn places: X as drawn there, and Xq as `module` computes it now."""
     sums: Sums | None = None
     for indices, calls in zip(data.parts(), drawn, strict=True):
         inputs = _inputs_of(module, layer, data, indices, len(calls))
@@ -78,12 +78,12 @@ def _moments(module: nn.Module, layer: QuantizedLayer, data: UnitData, drawn: Dr
             rows = patches(layer, real_rows(layer, seen, data.mask(indices)), places)
             sums = sums or Sums(rows, MemoryBudget(memory), 2)
             sums.add(float_rows.to(rows.device), rows)
-    assert sums is not None  # there are inputs
+    assert sums is not None  # there is at least one chunk
     return sums.moments(centred)
 
 
 def float_patches(layers: Mapping[str, nn.Module], float_module: nn.Module, data: UnitData, seed: int, memory: int) -> dict[str, Drawn]:
-    """Draw places of every call of `layers` in the float unit, and gather its patches there."""
+    """Draw places in every call of `layers` in the float unit, and gather its patches there."""
     budget, generator = MemoryBudget(memory), torch.Generator().manual_seed(seed)
     drawn: dict[str, Drawn] = {name: [] for name in layers}
     mask: Tensor | None = None
@@ -107,12 +107,12 @@ def float_patches(layers: Mapping[str, nn.Module], float_module: nn.Module, data
             args, kwargs = data.float_arguments(indices)
             with suppress(_Reached):
                 float_module(*args, **kwargs)
-            left = sum(len(calls[0]) for calls in drawn.values())  # the last call is known from the first pass
+            left = sum(len(calls[0]) for calls in drawn.values())  # the first pass shows which call is the last
     return drawn
 
 
 def _inputs_of(module: nn.Module, layer: nn.Module, data: UnitData, indices: Tensor, calls: int) -> list[Tensor]:
-    """Return what the calls of `layer` inside `module` read of some samples on the quantized side; the pass ends at the last of them."""
+    """Return the inputs of the calls of `layer` inside `module`, for some samples on the quantized side; the pass ends at the last call."""
     args, kwargs = data.arguments(indices)
     seen: list[Tensor] = []
 
@@ -127,4 +127,4 @@ def _inputs_of(module: nn.Module, layer: nn.Module, data: UnitData, indices: Ten
 
 
 class _Reached(Exception):
-    """End a forward pass at the last call of the layer that is read."""
+    """End a forward pass at the last call of the layer to read."""

@@ -1,4 +1,4 @@
-"""Second moments of what layers read, from patches of their inputs: all that a solver in closed form needs of the data."""
+"""Second moments of layer inputs, from patches: all that a closed-form solver needs from the data."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,20 +18,20 @@ from anybit.networks.patches import draw_places, patches, real_rows
 from anybit.numerics.quadratic import Full, Quadratic, Thin
 
 NUMBERS = 2**24
-"""Numbers of a layer's inputs that are read, in patches of so many that are between the next two."""
+"""Numbers of a layer's inputs that are read as patches, whose count lies between the next two."""
 PATCHES = (4096, 16384)
-"""Patches at least and at most; but at least `RANK` times the numbers of one, which are what its covariance has ranks."""
+"""Fewest and most patches; but at least `RANK` times the size of one, which bounds the rank of its covariance."""
 RANK = 4
 THIN = 0.25
-"""Rows, as a share of the fan-in, below which they are kept themselves: their products are cheaper than those of the whole matrix."""
+"""Rows as a share of the fan-in, below which they are stored themselves: products with them are cheaper than with the whole matrix."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Describe X, the float network's inputs of a layer, and Xq, those that it really sees, as rows [groups, rows, fan-in].
+    """Moments of X, the float network's inputs of a layer, and Xq, its inputs in the quantized network, as rows [groups, rows, fan-in].
 
-    form      mean of (Xq - mean)^T (Xq - mean); with plain squares, no mean is taken off
-    cross     mean of (X - mean)^T (Xq - mean), [groups, fan-in, fan-in]; of a thin form, X's factor, as its own; None where X is Xq
+    form      mean of (Xq - mean)^T (Xq - mean); with plain squares, no mean is subtracted
+    cross     mean of (X - mean)^T (Xq - mean), [groups, fan-in, fan-in]; with a thin form, X's factor; None if X is Xq
     means     of X and of Xq, [groups, fan-in]
     """
 
@@ -41,20 +41,20 @@ class Moments:
 
 
 class Sums:
-    """Add up moments, a chunk of rows after the other. `sides` is 2 where Xq is not X.
+    """Accumulate moments, one chunk of rows after the other. `sides` is 2 if Xq differs from X.
 
-    As long as rows are fewer than `THIN` of the fan-in they are kept as they are.
+    While there are fewer rows than `THIN` of the fan-in, the rows themselves are stored.
     """
 
     def __init__(self, first: Tensor, budget: MemoryBudget, sides: int):
         self.count, self.budget = 0, budget
-        self.origin = first.mean(1, keepdim=True)  # so that values far from zero keep digits for their differences
+        self.origin = first.mean(1, keepdim=True)  # so that values far from zero keep their precision
         self.sums = [torch.zeros_like(self.origin[:, 0]) for _ in range(sides)]
         self.products: list[Tensor] = []
         self.rows: list[list[Tensor]] = [[] for _ in range(sides)]
 
     def add(self, x: Tensor, quantized: Tensor | None = None) -> None:
-        """Add rows of X and, where they differ, those of the same places of Xq."""
+        """Add rows of X and, if they differ, the rows of Xq at the same places."""
         self.count += x.shape[1]
         rows = [one - self.origin for one in (x, quantized) if one is not None]
         for total, one in zip(self.sums, rows, strict=True):
@@ -77,7 +77,7 @@ class Sums:
             product += (seen @ one).to(product.device)  # Xq^T X, then Xq^T Xq
 
     def moments(self, centred: bool) -> Moments:
-        """Return the moments of what was added, about the means or, not `centred`, about zero."""
+        """Return the moments so far: about the means if `centred`, else about zero."""
         means = [total / self.count for total in self.sums]
         origin = self.origin.squeeze(1)
         ends = means[0] + origin, means[-1] + origin
@@ -106,12 +106,12 @@ class Solver(Protocol):
     def __call__(self, weight: Tensor, moments: Moments, scale: Tensor, bits: int, rounded: Tensor) -> tuple[Tensor, Tensor]:
         """Return codes, [groups, channels, fan-in], and scales, [groups, channels, k], for the float `weight`, [groups, channels, fan-in].
 
-        `scale` is that of least squared weight error, of k equal parts of a channel's fan-in, and `rounded` are its codes.
+        `scale`, of least squared weight error, has k equal parts per channel's fan-in, and `rounded` are its codes.
         """
 
 
 def has_patches(layer: nn.Module) -> bool:
-    """Return whether the layer's outputs are sums of products of weights with patches of its input."""
+    """Return whether the layer's outputs are sums of products of weights and patches of its input."""
     kind = type_of(layer)
     return kind.has_weights and kind.sums
 
@@ -123,7 +123,7 @@ def matrix(layer: nn.Module) -> Tensor:
 
 
 def patches_drawn(layer: nn.Module) -> int:
-    """Return how many patches are drawn of the layer's inputs."""
+    """Return the number of patches to draw from the layer's inputs."""
     groups, _, fan_in = matrix(layer).shape
     least, most = PATCHES
     return max(RANK * fan_in, min(most, max(least, NUMBERS // (groups * fan_in))))
@@ -131,7 +131,7 @@ def patches_drawn(layer: nn.Module) -> int:
 
 @contextmanager
 def reading(layers: Mapping[str, nn.Module], read: Callable[[str, nn.Module, Tensor], Any]) -> Iterator[None]:
-    """Call `read` with the name, the layer and its input of every call of `layers` inside the block."""
+    """Call `read` with name, layer and input at every call of `layers` inside the block."""
 
     def hook(name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         read(name, layer, tensors_in((args, kwargs))[0].detach())
@@ -148,7 +148,7 @@ def reading(layers: Mapping[str, nn.Module], read: Callable[[str, nn.Module, Ten
 def float_moments(
     model: nn.Module, names: Sequence[str], batches: Iterable[Batch], count: int, seed: int, budget: MemoryBudget
 ) -> dict[str, Moments]:
-    """Return the moments of each layer's inputs in `model` over batches of `count` samples, in one pass: X and Xq are the same."""
+    """Return the moments of each layer's inputs in `model` over batches with `count` samples, in one pass, with X and Xq the same."""
     layers = {name: model.get_submodule(name) for name in names}
     layers = {name: layer for name, layer in layers.items() if has_patches(layer)}
     if not layers:

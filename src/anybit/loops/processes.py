@@ -1,4 +1,4 @@
-"""Processes of a distributed training, started by `torchrun` or `accelerate launch`, and their shared state."""
+"""Processes of distributed training, started by `torchrun` or `accelerate launch`, and their shared state."""
 
 import os
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ def world() -> int:
 
 
 def join_processes(device: str) -> str:
-    """Join the other processes where a launcher started several; returns this one's device."""
+    """Join the other processes if a launcher started several; returns this process's device."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if device == "cuda" and world() > 1:
@@ -28,7 +28,7 @@ def join_processes(device: str) -> str:
 
 @torch.no_grad()
 def share_state(model: nn.Module) -> None:
-    """Give every process the parameters and buffers of the first, in place: networks are not always made from a seed."""
+    """Give every process the parameters and buffers of the first, in place: networks are not always created from a seed."""
     if world() > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -36,7 +36,7 @@ def share_state(model: nn.Module) -> None:
 
 @torch.no_grad()
 def average(value: Tensor) -> Tensor:
-    """The mean of a number over the processes."""
+    """Return the mean of a tensor over the processes."""
     if world() > 1:
         value = value.clone()
         dist.all_reduce(value)
@@ -46,7 +46,7 @@ def average(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
-    """The mean of each gradient over the processes."""
+    """Average each gradient over the processes, in place."""
     if world() > 1:
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         flat = torch.cat([grad.flatten() for grad in grads])
@@ -57,7 +57,7 @@ def average_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def average_tensors(tensors: Iterable[Tensor]) -> None:
-    """The mean of each floating-point tensor over the processes, in place."""
+    """Average each floating-point tensor over the processes, in place."""
     if world() > 1:
         for tensor in tensors:
             if tensor.is_floating_point():

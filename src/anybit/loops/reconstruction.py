@@ -1,20 +1,20 @@
-"""Reconstruction: fit the quantized layers of a unit until its output is the float one's, on a few unlabelled inputs.
+"""Reconstruction: fit the quantized layers of a unit to its float output, on a few unlabelled inputs.
 
     argmin over roundings, input scales, biases      || f(X) - f_Q(X_Q) ||^2 / || f(X) ||^2  +  penalties
 
-f is a unit, a layer or block, with the activation that was observed to follow it; f_Q the same with its weights rounded by a `Rounding`,
-which decides what of a weight is trained, and its inputs quantized in ranges whose scales are trained as logarithms. Two forms share one
-loop, `reconstruct`:
+f is a unit, a layer or block, with the activation that was observed to follow it. f_Q is the same with its weights rounded by a `Rounding`,
+which decides what is trained, and its inputs quantized with ranges whose scales are trained as logarithms. Two forms share one loop,
+`reconstruct`:
 
-    parallel     X_Q is X, the float network's input: units are independent of each other, and any mix of them can be put together
-    sequential   X_Q is what the already quantized network gives the unit: for the scheme that has been chosen
+    parallel     X_Q is X, the float network's input: units are independent, and can be combined in any mix
+    sequential   X_Q is the unit's input in the network quantized so far: for a chosen scheme
 
   * A layer that runs several times in a pass is fitted to all its calls.
-  * Learning rates decay to zero along a cosine, which settles weights that flip between two codes.
+  * Learning rates decay to zero along a cosine, so that weights stop flipping between two codes.
   * Quantization may be dropped: a random share of the unit's input elements stays float, and so does a share of each inner activation
     (Wei et al., "QDrop", ICLR 2022).
-  * Held-out inputs decide which state is taken: all steps are run, the error of the final codes is looked at a few times on the way, and
-    the best state looked at is taken, or the rounded start if nothing beats it. Nothing stops early: it costs what all steps cost.
+  * Held-out inputs choose the state: all steps run, the error of the final codes is measured a few times on the way, and the best of these
+    states is kept, or the rounded start if none beats it. Nothing stops early, so the time does not depend on the errors.
 """
 
 import functools
@@ -53,7 +53,7 @@ from anybit.progress import inside, tell, track
 
 
 class Rounding(Protocol):
-    """The rounding of one layer's weight: an `nn.Module` that is in the layer's weight slot while its unit is reconstructed.
+    """The rounding of one layer's weight: an `nn.Module` in the layer's weight slot while its unit is reconstructed.
 
     resumes   whether the sequential form may start at the codes of the parallel form; else it starts at the float weights
     """
@@ -62,7 +62,7 @@ class Rounding(Protocol):
     training: bool
 
     def __init__(self, start: Tensor, quantizer: UniformQuantizer):
-        """`start` is the float weight, [channels, fan-in], in units of the scale of `quantizer`, to whose codes it rounds."""
+        """Start from the float weight `start`, [channels, fan-in], in units of the scale of `quantizer`, to whose codes it rounds."""
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the weight of a forward pass, [channels, fan-in]; in evaluation mode that of the final codes."""
@@ -71,19 +71,19 @@ class Rounding(Protocol):
         """Return Adam's groups: params and lr."""
 
     def penalty(self, progress: float) -> Tensor | None:
-        """Return what a step adds to the relative error, 0-d, when `progress` (0 to 1) of the steps are done; None adds nothing."""
+        """Return the penalty added to the relative error, 0-d, after a share `progress` of the steps; None adds nothing."""
 
     def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer]:
-        """Return the values of the final codes, [channels, fan-in], and the quantizer that leaves them as they are."""
+        """Return the values of the final codes, [channels, fan-in], and the quantizer that leaves them unchanged."""
 
 
 @dataclass(frozen=True)
 class ReconstructionSettings:
-    """rounding, steps (of Adam a unit), batch_size, seed
+    """rounding, steps (of Adam per unit), batch_size, seed
     input_rate, bias_rate  learning rates: of the logarithms of input scales, and of biases relative to their mean magnitude
-    solver                 chooses each layer's codes in closed form before it is trained; None: training starts from `starts`
+    solver                 chooses each layer's codes in closed form before training; None: training starts from `starts`
     drop                   share of elements whose activation quantization is skipped
-    checks                 how often held-out error is looked at; all steps are run whatever it is
+    checks                 how often the held-out error is measured; all steps run in any case
     memory                 bytes that captured tensors may take before they spill to disk
     """
 
@@ -100,12 +100,12 @@ class ReconstructionSettings:
 
     @property
     def name(self) -> str:
-        """The rounding's name, as its paper has it."""
+        """Return the rounding's name, as in its paper."""
         return self.rounding.__name__
 
 
 class DroppedInput(LearnedInput):
-    """A learned range that leaves a share `drop` of the elements float while training."""
+    """A learned range that leaves a share `drop` of the elements float during training."""
 
     def __init__(self, quantizer: UniformQuantizer, drop: float):
         super().__init__(quantizer)
@@ -127,12 +127,12 @@ def reconstruct(
     finish: Callable[[Tensor], Tensor],
     settings: ReconstructionSettings,
 ) -> dict[str, float]:
-    """Fit the quantized layers of `module`, in place, so that its output is the float one's; returns errors before and after.
+    """Fit the quantized layers of `module`, in place, to the float output; returns errors before and after.
 
     `module` is a layer or block of a canonical model, its slots filled. `starts` gives the free weight of each layer (by its name inside
     `module`; "" is the module itself) as [channels, fan-in] in units of the quantizer's scale; it must round to the layer's codes.
     The errors are relative to the target's power, after the activation: `before` and `after` on held-out inputs, `fitted_before` and
-    `fitted_after` on as many fitted ones. `steps` is the step whose state was taken; 0 means that nothing beat the start.
+    `fitted_after` on as many fitting ones. `steps` is the step whose state was kept; 0 means that none beat the start.
     """
     layers = {name: layer for name, layer in layers_in(module).items() if isinstance(layer.weight_quantizer, UniformQuantizer)}
     if not layers:
@@ -148,7 +148,7 @@ def reconstruct(
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(settings.seed)
         for step in _descend(module, layers, fitting, finish, settings):
-            if step % max(25, settings.steps // settings.checks) == 0 or step == settings.steps:  # a look costs about three steps
+            if step % max(25, settings.steps // settings.checks) == 0 or step == settings.steps:  # a measurement costs about three steps
                 _set_training(layers, False)
                 error = unit_error(module, held_out, finish)
                 _set_training(layers, True)
@@ -194,7 +194,7 @@ def _descend(
 
 
 def _rounding(layer: QuantizedLayer) -> Rounding:
-    """Return the rounding in the layer's weight slot, which `reconstruct` has put there."""
+    """Return the rounding in the layer's weight slot, put there by `reconstruct`."""
     return cast(Rounding, layer.weight_quantizer)
 
 
@@ -208,12 +208,12 @@ def _parameter_groups(layer: QuantizedLayer, settings: ReconstructionSettings) -
 
 
 def _typical(bias: Tensor) -> float:
-    """Return the mean magnitude of a layer's biases, 1 where they are all zero."""
+    """Return the mean magnitude of a layer's biases, or 1 if all are zero."""
     return float(bias.detach().abs().mean()) or 1.0
 
 
 def _set_training(layers: Mapping[str, QuantizedLayer], on: bool) -> None:
-    """Train roundings and drop inputs, or give the values of the final codes; the rest of the module stays in evaluation mode."""
+    """Switch roundings and dropped inputs to training, or to the final codes; the rest of the module stays in evaluation mode."""
     for layer in layers.values():
         for slot in (layer.weight_quantizer, layer.input_quantizer):
             if slot is not None:
@@ -233,21 +233,21 @@ def sequential(
     settings: ReconstructionSettings,
     cache: Cache = Cache(),
 ) -> dict[str, dict[str, float]]:
-    """Reconstruct the units of `model`, in place, one after the other: each sees what the already quantized network gives it.
+    """Reconstruct the units of `model`, in place, one after the other, each with its inputs in the network quantized so far.
 
-    `float_model` is the folded network that `model` was prepared from, `starts` the free weights of all layers (see `reconstruct`). What a
-    unit sees is carried over from the unit before it where that is all that feeds it, and captured from the inputs on otherwise. Returns
-    each unit's errors.
+    `float_model` is the folded network that `model` was prepared from, `starts` the free weights of all layers (see `reconstruct`). A
+    unit's inputs are computed from the previous unit's if they depend on nothing else, and captured from the network's inputs otherwise.
+    Returns each unit's errors.
 
-    `cache` has the result of each unit that an earlier run finished. Units that are taken from it are still carried through to the next one
-    that it does not have, since what is carried and what is captured may differ in their last bits.
+    `cache` holds the result of each unit that an earlier run finished. Inputs are still carried through such units to the next one that is
+    missing, since carried and captured inputs may differ in their last bits.
     """
     report: dict[str, dict[str, float]] = {}
     sides: list[UnitData] = []
     through: list[Unit] = []  # the units since the one that `sides` are of, which is the first
 
     def reach(unit: Unit) -> list[UnitData]:
-        """Return what `unit` sees, from the nearest of the units before it whose data are at hand or must be captured."""
+        """Return the data of `unit`, from the nearest earlier unit whose data are available or must be captured."""
         nonlocal sides, through
         path = [*through, unit]
         fresh = [at for at, (before, after) in enumerate(pairwise(path), 1) if not wiring.feeds(before.name, after.name)]
@@ -282,9 +282,9 @@ def parallel(
     settings: ReconstructionSettings,
     cache: Cache = Cache(),
 ) -> dict[str, dict[int, dict[str, float]]]:
-    """Reconstruct every unit of every variant (bits -> model), in place, with the float network's inputs: no unit depends on another,
-    so layers of any bits can be put together afterwards. What a unit sees is captured once for all variants, unless `cache` has the results
-    of all of them.
+    """Reconstruct every unit of every variant (bits -> model), in place, with the float network's inputs. No unit depends on another, so
+    that layers of any bits can be combined afterwards. A unit's data are captured once for all variants, unless `cache` has the results of
+    all of them.
     """
     report: dict[str, dict[int, dict[str, float]]] = {}
     for unit in track(units, f"parallel {settings.name}", lambda unit: unit.name):
@@ -298,13 +298,13 @@ def parallel(
             errors = _cached_unit(name, model, [layer for layer in unit.layers if layer in starts[bits]], fit, cache)
             report.setdefault(unit.name, {})[bits] = errors
             tell("unit", unit=unit.name, bits=bits, **errors)
-        del sides  # what was captured goes before the next is
+        del sides  # free the captured data before the next capture
         give_back()
     return report
 
 
 def _cached_unit(name: str, model: nn.Module, layers: Sequence[str], fit: Callable[[], dict[str, float]], cache: Cache) -> dict[str, float]:
-    """Let `fit` change the layers of `model`, in place, or restore them as an earlier run left them; returns the unit's errors."""
+    """Let `fit` change the layers of `model`, in place, or restore the state that an earlier run stored; returns the unit's errors."""
 
     def read(entry: Entry) -> dict[str, float]:
         put_back(model, layers, entry.tensors)
@@ -322,7 +322,7 @@ def _fit_unit(
     finish: Callable[[Tensor], Tensor],
     settings: ReconstructionSettings,
 ) -> dict[str, float]:
-    """Solve the unit's layers that have a start in closed form, where there is a solver, and train them, in place; returns its errors."""
+    """Solve the unit's layers that have a start in closed form, if there is a solver, and train them, in place; returns its errors."""
     inner = {layer.removeprefix(unit.name).lstrip("."): starts[layer] for layer in unit.layers if layer in starts}
     module, float_module = model.get_submodule(unit.name), float_model.get_submodule(unit.name)
     fitting, held_out = sides()
@@ -336,7 +336,7 @@ def _fit_unit(
 
 
 def _solved_starts(module: nn.Module, float_module: nn.Module, names: Sequence[str], rounding: type[Rounding]) -> dict[str, Tensor]:
-    """Return where training starts in the scales of the solution, see `reconstruct`: at its codes, or at the float weights."""
+    """Return the start of training in the scales of the solution (see `reconstruct`): its codes, or the float weights."""
     starts = {}
     for name in names:
         layer = layers_in(module)[name]

@@ -6,7 +6,7 @@ from anybit.data.options import parse_augmentations
 from anybit.settings import Settings, documented, option
 
 SEEDS = 2**32
-"""Largest magnitude of a seed: the loop derives a 64-bit seed for each epoch from it."""
+"""Largest magnitude of a seed; the loop derives a 64-bit seed for each epoch from it."""
 
 
 @documented
@@ -23,7 +23,7 @@ class TrainSettings(Settings):
     )  # fmt: skip
     augment: str = option("", "Images: flip, crop4 (shift by up to 4 pixels), flip,crop4, or none.")
     border: str = option(
-        "black", "What shifted images are padded with: black pixels, or the mean colour (zeros after normalization).",
+        "black", "Padding of shifted images: black pixels, or the mean colour (zeros after normalization).",
         choices=("black", "mean"), rare=True,
     )  # fmt: skip
     distill: float = option(0.0, "Weight of the float outputs in the loss; labels get the rest.", least=0, most=1)

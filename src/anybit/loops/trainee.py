@@ -14,7 +14,7 @@ SMALLEST_GAMMA = 1e-5
 
 
 class Trainee(Protocol):
-    """A method as the loop sees it. `model` is prepared and unfolded; nothing else of it is known here."""
+    """A method as the loop sees it. `model` is prepared and unfolded; the loop knows nothing else about it."""
 
     model: nn.Module
 
@@ -22,25 +22,25 @@ class Trainee(Protocol):
         """Return Adam's groups: params and lr."""
 
     def before_step(self, progress: float) -> list[nn.Parameter]:
-        """Set what depends on the share of the run that is done; returns re-initialised parameters, whose optimizer state is dropped."""
+        """Set values that depend on the completed share of the run; returns re-initialised parameters, whose optimizer state is dropped."""
 
     def end_of_epoch(self) -> None:
         """Make the decisions that fall between epochs."""
 
     def passes(self) -> Iterator[None]:
-        """Set the network for one forward and backward pass after another; their gradients are summed into one update."""
+        """Set up the network for one forward and backward pass after another; their gradients are summed into one update."""
 
     def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
-        """Return the loss of a pass, 0-d, from the task's."""
+        """Return the loss of a pass, 0-d, given the task's loss."""
 
     def penalty(self) -> Tensor:
-        """Return what is added to each pass's loss, 0-d."""
+        """Return the penalty that is added to each pass's loss, 0-d."""
 
     def summary(self) -> dict[str, Any]:
         """Return the method's part of an epoch's record."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return tensors of the method's own: averaged over the processes before `end_of_epoch`, stored in checkpoints."""
+        """Return the method's own tensors: averaged over the processes before `end_of_epoch`, and stored in checkpoints."""
 
     def decisions(self) -> dict[str, Any]:
         """Return the decisions so far, as JSON."""
@@ -53,9 +53,9 @@ class Trainee(Protocol):
 
 
 class GrowMethod(Trainee, Protocol):
-    """A trainee of the grow road; `settings` are the method's own, the field of `GrowSettings` that has its name.
+    """A trainee of the grow road; `settings` are the method's own, from the field of `GrowSettings` that has its name.
 
-    needs_scheme   it trains a scheme; else it ends at one of its own
+    needs_scheme   whether it trains a scheme; else it finds one
     """
 
     needs_scheme: bool
@@ -66,7 +66,7 @@ class GrowMethod(Trainee, Protocol):
 
     @staticmethod
     def check_budget(budget: Budget, network: ObservedNetwork) -> None:
-        """Raise InvalidSetting where the method cannot end at `budget`; one that no scheme meets is refused elsewhere."""
+        """Raise InvalidSetting if the method cannot meet `budget`; infeasible budgets are refused elsewhere."""
 
     @classmethod
     def attach(cls, model: nn.Module, network: ObservedNetwork, budget: Budget | None, settings: Any) -> Self:

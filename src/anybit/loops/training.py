@@ -1,12 +1,12 @@
 """The epoch loop that the training roads share: batches, augmentation, distillation, checkpoints, several processes.
 
-Every epoch draws its order and its augmentation from (seed, epoch) alone, so a run that is continued from a checkpoint ends with the same
-bytes as one that was never stopped, and several processes see the batches that one would. (A data set that augments by itself draws from
-torch's generator, seeded by seed, epoch and process; of other generators nothing is known here.)
+Every epoch draws its order and its augmentation from (seed, epoch) alone. A run that resumes from a checkpoint therefore ends with the
+same bytes as an uninterrupted one, and several processes see the batches that one would. (A data set with its own augmentation draws from
+torch's generator, seeded by seed, epoch and process; other generators are not seeded.)
 
-On several processes (`torchrun` or `accelerate launch`; both set the same environment) each takes its share of every batch, and gradients
-are averaged. There is no wrapper around the model: what a method sets on its modules is what runs. Batch norm sees each process's own
-share of a batch; running statistics are averaged after every epoch.
+Of several processes (`torchrun` or `accelerate launch`, which set the same environment), each takes its share of every batch, and
+gradients are averaged. The model is not wrapped: the values that a method sets on its modules are the ones that run. Batch norm sees each
+process's own share of a batch; running statistics are averaged after every epoch.
 """
 
 import math
@@ -43,12 +43,12 @@ def train_epochs(
     identity: Mapping[str, Any] | None = None,
     watch: Callable[[], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train in place; returns one record an epoch.
+    """Train in place; returns one record per epoch.
 
     teacher     the float model, for distillation
     positive    parameters that are kept above zero
-    checkpoint  file that is written after every epoch and continued from where it is found; `identity` are the settings that must agree
-    watch       called after each epoch; what it returns joins the record
+    checkpoint  file that is written after every epoch, and resumed from if it exists; `identity` are the settings that must agree
+    watch       called after each epoch; its result is added to the record
     """
     if settings.half and emulates_bfloat16(next(trainee.model.parameters()).device):
         tell("note", note="this processor emulates bfloat16, which is slower than float32: leave --half out")
@@ -70,7 +70,7 @@ def train_epochs(
 
 @dataclass(frozen=True)
 class _Run:
-    """The parts of a run that stay the same from epoch to epoch; `rates` are the groups' full learning rates."""
+    """Hold the parts of a run that stay the same from epoch to epoch; `rates` are the groups' full learning rates."""
 
     trainee: Trainee
     settings: TrainSettings
@@ -85,7 +85,7 @@ class _Run:
 
 
 def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
-    """Every batch once; returns mean loss and, of a classifier with labels, training accuracy in percent."""
+    """Run one epoch; returns mean loss and, for a classifier with labels, training accuracy in percent."""
     model = run.trainee.model.train()
     told: list[Tensor] = []
     for step, batch in enumerate(_all_of(epoch_batches(samples, run.settings, epoch), run.steps, epoch)):
@@ -95,7 +95,7 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
             task, penalty, _ = told[-1].tolist()
             raise AnybitError(f"The loss became {task:g} (penalty {penalty:g}) in {_where(run, epoch, step)}")
     broken = [name for name, tensor in model.named_parameters() if torch.isnan(tensor).any()]
-    if broken:  # by the last update, which no loss has shown yet: do not store it
+    if broken:  # by the last update, after which no loss was computed: do not store it
         raise AnybitError(f"{broken[0]} became NaN in {_where(run, epoch, run.steps - 1)}")
     average_tensors(run.trainee.state().values())
     run.trainee.end_of_epoch()
@@ -108,7 +108,7 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
 
 
 def _step(run: _Run, batch: Batch, progress: float) -> Tensor:
-    """One update, unless a loss is no number; returns (loss, penalty, share of right answers), means over passes and processes."""
+    """Update once, unless a loss is not finite; returns (loss, penalty, share of right answers), means over passes and processes."""
     for parameter in run.trainee.before_step(progress):
         run.optimizer.state.pop(parameter, None)
     for group, rate in zip(run.optimizer.param_groups, run.rates, strict=True):
@@ -128,27 +128,27 @@ def _step(run: _Run, batch: Batch, progress: float) -> Tensor:
 
 
 def _pass(run: _Run, batch: Batch) -> Tensor:
-    """Add one pass's gradients, unless its loss is no number; returns what `_step` does, of this pass."""
+    """Add one pass's gradients, unless its loss is not finite; returns the numbers of `_step` for this pass."""
     with _autocast(run.settings, batch):
         outputs = predict(run.forward, batch)
         loss = run.trainee.loss(outputs, batch, task_loss(outputs, batch, run.task, run.teacher, run.settings.distill))
     penalty = run.trainee.penalty().to(loss.device)
     labels = batch.labels if run.task.of_one_class else None
     right = torch.zeros_like(loss) if labels is None else correct(run.task.judged(outputs), labels).float().mean()
-    told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # over all processes, so that all stop together
+    told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # averaged, so that all processes stop together
     if torch.isfinite(told).all():
         (loss + penalty).backward()
     return told
 
 
 def _where(run: _Run, epoch: int, step: int) -> str:
-    kept = f" The checkpoint of epoch {epoch} is kept in {run.checkpoint}." if run.checkpoint and epoch else ""
-    advice = "Look for broken inputs, or start anew (--overwrite) with lower learning rates."
+    kept = f" The checkpoint of epoch {epoch} is in {run.checkpoint}." if run.checkpoint and epoch else ""
+    advice = "Look for invalid inputs, or start again (--overwrite) with lower learning rates."
     return f"epoch {epoch + 1}, step {step + 1} of {run.steps}.{kept} {advice}"
 
 
 def summary(record: Mapping[str, Any], epochs: int) -> str:
-    """An epoch's record in one line."""
+    """Write an epoch's record as one line."""
     parts = [f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"]
     for kind in ("soft", "frozen"):
         parts += [f"{kind} {key} {record[kind][key]:.4g}" for key in ("top1", "loss") if key in record.get(kind, {})][:1]
@@ -165,14 +165,14 @@ def summary(record: Mapping[str, Any], epochs: int) -> str:
 
 
 def learning_rate(progress: float, warmup: float) -> float:
-    """Factor on every learning rate: a line up to 1, then a cosine down to 0."""
+    """Return the factor on every learning rate: linear warm-up to 1, then a cosine to 0."""
     if progress < warmup:
         return max(progress / warmup, 1e-3)
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
-    """Whether convolutions in bfloat16 are known to be slower than in float32 there: on x86 processors without AVX-512."""
+    """Return whether bfloat16 convolutions are known to be slower than float32 there: on x86 processors without AVX-512."""
     able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
     return able.get("architecture") == "x86_64" and not (able.get("avx512_bw") or able.get("avx_ne_convert"))
 
@@ -187,20 +187,20 @@ def _autocast(settings: TrainSettings, batch: Batch):
 
 
 def _steps(samples: Samples, settings: TrainSettings, model: nn.Module) -> int:
-    """Full batches an epoch; where there is not one, the whole set is the batch."""
+    """Return the number of full batches per epoch; if there is none, the whole data set is one batch."""
     if len(samples) == 0:
         raise InvalidInput("The training data is empty.")
     if settings.batch_size % world() or (len(samples) < settings.batch_size and len(samples) % world()):
         raise InvalidSetting(f"batch size {settings.batch_size} does not divide among {world()} processes. Choose a multiple of {world()}.")
     if settings.batch_size // world() < 2 and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
-        raise InvalidSetting(f"batch size {settings.batch_size} leaves batch norm one sample a process. Choose at least {2 * world()}.")
+        raise InvalidSetting(f"batch size {settings.batch_size} leaves batch norm one sample per process. Choose at least {2 * world()}.")
     return max(1, len(samples) // settings.batch_size)
 
 
 def epoch_batches(samples: Samples, settings: TrainSettings, epoch: int, share: tuple[int, int] | None = None) -> Iterator[Batch]:
-    """This process's share of every full batch of an epoch, shuffled and augmented by (seed, epoch) alone.
+    """Yield this process's share of every full batch of an epoch, shuffled and augmented by (seed, epoch) alone.
 
-    `share` is (which process, of how many), where it is not this one: (0, 1) gives everything.
+    `share` is (index, number) of a process other than this one: (0, 1) yields everything.
     """
     which, of = (rank(), world()) if share is None else share
     generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
@@ -216,21 +216,18 @@ def epoch_batches(samples: Samples, settings: TrainSettings, epoch: int, share: 
 
 
 def drawn_batches(samples: Samples, settings: TrainSettings, count: int) -> list[Batch]:
-    """Return `count` training inputs, drawn once and augmented as in training, in batches of one size; all of them in every process."""
+    """Return `count` training inputs, drawn once and augmented as in training, in batches of one size; the same in every process."""
     with torch.random.fork_rng(devices=[]):
         few = replace(settings, batch_size=min(settings.batch_size, 256))
         return list(epoch_batches(draw(samples, count, settings.seed), few, -1, share=(0, 1)))
 
 
 def _all_of(batches: Iterator[Batch], steps: int, epoch: int) -> Iterator[Batch]:
-    """The batches; raises InvalidInput where they end before `steps` of them came."""
+    """Yield the batches. Raise InvalidInput, naming epoch and batch, where the data fails before `steps` of them came."""
     seen = 0
     try:
         for batch in batches:
             yield batch
             seen += 1
-    except IndexError as error:
-        raise InvalidInput(
-            f"The training data ended after {seen} of {steps} batches in epoch {epoch + 1}: it has fewer samples than its length says, or "
-            f"its __getitem__ is at fault ({error}). Repair it."
-        ) from error
+    except InvalidInput as error:
+        raise InvalidInput(f"The training stopped after {seen} of {steps} batches of epoch {epoch + 1}. {error}") from error

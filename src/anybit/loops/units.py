@@ -1,4 +1,4 @@
-"""Data of one unit: its inputs and outputs in the float network, and its inputs in the quantized one."""
+"""Data of one unit: its inputs and outputs in the float network, and its inputs in the quantized network."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,9 +25,9 @@ def mix(x: Tensor, quantized: Tensor, drop: float) -> Tensor:
 
 @dataclass(frozen=True)
 class UnitData:
-    """The float inputs and outputs of one unit, and the inputs that it will really see (None: the float ones).
+    """The float inputs and outputs of one unit, and its inputs in the quantized network (None: the float ones).
 
-    `count` samples; of padded data, whose batches stay whole, `count` batches. At most `chunk` samples are looked at at once.
+    `count` samples, or for padded data, whose batches stay whole, `count` batches. At most `chunk` samples are processed at once.
     """
 
     float_side: Captured
@@ -40,15 +40,15 @@ class UnitData:
         return torch.randint(self.count, (1 if self.float_side.masks else min(size, self.count),))
 
     def parts(self, limit: int | None = None) -> Iterator[Tensor]:
-        """Yield the indices of everything (of the first `limit`), a forward pass at a time."""
+        """Yield the indices of all samples (of the first `limit`), one forward pass at a time."""
         return chunks(min(self.count, limit or self.count), 1 if self.float_side.masks else self.chunk)
 
     def mask(self, indices: Tensor) -> Tensor | None:
-        """Return which tokens of these samples are not padding; None without padding."""
+        """Return the mask of these samples' real tokens; None without padding."""
         return self.float_side.masks[int(indices)] if self.float_side.masks else None
 
     def arguments(self, indices: Tensor, drop: float = 0.0) -> tuple[tuple, dict]:
-        """Return (args, kwargs) of some samples on the quantized side, a share `drop` of their elements float."""
+        """Return (args, kwargs) of some samples on the quantized side, with a share `drop` of the elements float."""
         args, kwargs = (self.quantized_side or self.float_side).batch(indices)
         if self.quantized_side is None or not drop:
             return args, kwargs
@@ -67,7 +67,7 @@ class UnitData:
 
 @dataclass(frozen=True)
 class RepeatedData(UnitData):
-    """The same of a layer that runs several times in a pass; the samples of its `calls` are counted one call after the other."""
+    """The data of a layer that runs several times in a pass; the samples of its `calls` are numbered one call after the other."""
 
     calls: tuple[UnitData, ...] = ()
 
@@ -77,7 +77,7 @@ class RepeatedData(UnitData):
         return cls(first.float_side, first.quantized_side, sum(call.count for call in calls), first.chunk, tuple(calls))
 
     def _within(self, indices: Tensor) -> tuple[UnitData, Tensor]:
-        """Return (the call that these samples are of, their indices in it)."""
+        """Return (the call to which these samples belong, their indices in it)."""
         start, first = 0, int(indices.min())
         for call in self.calls:
             if first < start + call.count:
@@ -86,13 +86,13 @@ class RepeatedData(UnitData):
         raise IndexError(first)
 
     def draw(self, size: int) -> Tensor:
-        """Draw the indices of `size` random samples of one call, which comes as often as it has samples."""
+        """Draw the indices of `size` random samples of one call, chosen with probability proportional to its samples."""
         place = torch.randint(self.count, (1,))
         call, own = self._within(place)
         return place - own + call.draw(size)
 
     def parts(self, limit: int | None = None) -> Iterator[Tensor]:
-        """Yield the indices of everything (of the first `limit`, as many of each call), a forward pass at a time."""
+        """Yield the indices of all samples (of the first `limit`, equally many of each call), one forward pass at a time."""
         start = 0
         for call in self.calls:
             yield from (start + indices for indices in call.parts(limit and max(1, limit // len(self.calls))))
@@ -123,7 +123,7 @@ def _mix_argument(float_item: Any, quantized_item: Any, drop: float) -> Any:
 def capture_sides(
     model: nn.Module | None, float_model: nn.Module, unit: Unit, calibration: Calibration, budget: MemoryBudget, chunk: int
 ) -> list[UnitData]:
-    """Capture what the unit is fitted to and judged on; the quantized side is left out where there is no `model`."""
+    """Capture the unit's fitting and held-out data; without a `model`, the quantized side is left out."""
     sides = []
     for batches, count in zip((calibration.fitting, calibration.held_out), calibration.count(), strict=True):
         float_side = capture_calls(float_model, unit.name, batches, count, budget, outputs=True, constant=[True] * unit.calls)
@@ -139,7 +139,7 @@ def capture_sides(
 def carried_side(
     side: UnitData, model: nn.Module, float_model: nn.Module, previous: Unit, unit: Unit, wiring: Wiring, budget: MemoryBudget
 ) -> UnitData:
-    """Compute the data of `unit` from that of the `previous` one, whose output is its whole input: nothing before it runs again."""
+    """Compute the data of `unit` from that of the `previous` one, whose output is its only input, so that nothing before it runs again."""
     finish = wiring.activation_after(previous.name) or identity
     before, float_module = model.get_submodule(previous.name), float_model.get_submodule(unit.name)
     read = wiring.module_inputs[unit.name]
@@ -161,14 +161,14 @@ def carried_side(
 
 
 def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the squared error over the target's power, 0-d, without the padding where `mask` says what is none."""
+    """Return the squared error over the target's power, 0-d, without padding by `mask`."""
     output, target = unpadded(output, mask), unpadded(target, mask)
     return (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
 
 
 @torch.no_grad()
 def unit_error(module: nn.Module, data: UnitData, finish: Callable[[Tensor], Tensor], limit: int | None = None) -> float:
-    """Return squared error over power of the unit's output on (the first `limit` samples of) `data`, nothing dropped."""
+    """Return squared error over power of the unit's output on (the first `limit` samples of) `data`, without dropping."""
     error, power = 0.0, 0.0
     for indices in data.parts(limit):
         args, kwargs = data.arguments(indices)
@@ -187,7 +187,7 @@ def identity(output: Tensor) -> Tensor:
 
 
 def states_of(layers: Mapping[str, QuantizedLayer]) -> dict[str, dict[str, Tensor]]:
-    """Copy what is fitted, layer by layer; what else the module has in buffers is its own."""
+    """Copy the fitted state of each layer; other buffers of the module are left out."""
     return {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
 
 

@@ -1,1 +1,1 @@
-"""One paper a file; no method imports another. Imports allocation and below."""
+"""One paper per file; no method imports another. Imports allocation and below."""

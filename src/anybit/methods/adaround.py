@@ -4,17 +4,17 @@
     argmin over V      || W X - W~ X ||^2  +  lambda sum over weights of  1 - |2 h(V) - 1|^beta
     final codes:       floor(W / s), plus 1 where h(V) >= 0.5             zeta = 1.1, gamma = -0.1
 
-V, [channels, fan-in], starts where h(V) is the fraction W / s - floor(W / s), so that the first weight is the float one. A high beta leaves
-all but nearly decided weights free; as beta falls, the penalty decides one after the other.
+V, [channels, fan-in], starts where h(V) is the fraction W / s - floor(W / s), so that the initial weight is the float one. A high beta
+leaves all but nearly decided weights free; as beta falls, the penalty decides one after the other.
 
 Source: Nagel, Amjad, van Baalen, Louizos, Blankevoort, "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020,
-eq. 21 to 25; beta falls from 20 to 2 along a cosine after a warm-up of a fifth of the steps, and lambda is 0.01, as its authors' toolkit
-has them. Deviations; more are in the loop (`loops.reconstruction`):
+eq. 21 to 25; beta falls from 20 to 2 along a cosine after a warm-up of a fifth of the steps, and lambda is 0.01, as in its authors'
+toolkit. Deviations; more are in the loop (`loops.reconstruction`):
 
-  * The squared error is relative to the target's power, and lambda is not adapted to that.
+  * The squared error is relative to the target's power, but lambda is not adapted to that.
   * Adam's rate is ten times the toolkit's, 0.1, for hundreds of steps instead of 10,000, and decays to zero.
-  * Whole blocks are reconstructed at once where there are any; input scales and biases are trained too. Those of a weight are not.
-  * The sequential form starts at the float weights, whatever the parallel form came to.
+  * Whole blocks are reconstructed if there are any; input scales and biases are trained too, but not the weights' scales.
+  * The sequential form starts at the float weights, whatever the parallel form's result.
 """
 
 import math
@@ -39,7 +39,7 @@ class AdaRound(nn.Module):
 
     floor: Tensor
     scale: Tensor
-    resumes = False  # both neighbours of a float weight are open; a code has none
+    resumes = False  # a float weight may go to either neighbour, but a code has none
 
     def __init__(
         self,
@@ -67,11 +67,11 @@ class AdaRound(nn.Module):
         return (self.floor + up).clamp(*self.limits) * self.scale
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return V at its rate."""
+        """Return V with its rate."""
         return [{"params": [self.v], "lr": self.rate}]
 
     def penalty(self, progress: float) -> Tensor | None:
-        """Return lambda times the sum of 1 - |2 h(V) - 1|^beta, where beta falls along a cosine after the warm-up."""
+        """Return lambda times the sum of 1 - |2 h(V) - 1|^beta, with beta falling along a cosine after the warm-up."""
         if progress < self.warmup:
             return None
         start, end = self.beta

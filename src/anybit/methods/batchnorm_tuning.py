@@ -16,9 +16,9 @@ from anybit.networks.layers import float_weight
 def tune(model: nn.Module, targets: Mapping[str, ChannelStatistics], batches: list[Batch], prior_weight: float = 0.0) -> dict[str, float]:
     """Match each layer's output statistics to `targets`, in place, in one forward pass over all `batches` joined into one.
 
-    The layers are corrected in the order in which they run, each while its output passes by, so every layer sees inputs that its
-    predecessors have already put right. `prior_weight` in [0, 1) mixes the target into the measured statistics (0: measured alone).
-    A channel that is constant in either network keeps its gain of 1 and only its mean is matched. Returns each layer's largest gain.
+    The layers are corrected in the order in which they run, during the pass, so that every layer reads inputs that are already corrected.
+    `prior_weight` in [0, 1) mixes the target into the measured statistics (0: only measured). A channel that is constant in either network
+    keeps its gain of 1, and only its mean is matched. Returns each layer's largest gain. Source: see `networks.batchnorm`.
     """
     if not 0 <= prior_weight < 1:
         raise InvalidSetting(f"prior_weight {prior_weight} must be at least 0 and below 1.")
@@ -52,7 +52,7 @@ def match_layers(
     batches: Iterable[Batch],
     prior_weight: float = 0.0,
 ) -> None:
-    """Do what `tune` does for candidates: match each quantized layer of `models`, in place, while fed with the float network's inputs.
+    """Match each quantized layer of `models` as `tune` does, in place, on the float network's inputs of that layer, for candidates.
 
     One pass of the float network over `batches` serves all models.
     """
@@ -65,7 +65,7 @@ def match_layers(
 
 
 def _correction(measured: ChannelStatistics, target: ChannelStatistics, prior_weight: float) -> tuple[Tensor, Tensor]:
-    """(gain, shift) of each channel that take the measured statistics to the target's."""
+    """Return (gain, shift) of each channel that move the measured statistics to the target's."""
     mean = torch.lerp(measured.mean, target.mean, prior_weight)
     deviation = torch.lerp(measured.deviation, target.deviation, prior_weight)
     alive = (deviation > 1e-6) & (target.deviation > 1e-6)
@@ -75,7 +75,7 @@ def _correction(measured: ChannelStatistics, target: ChannelStatistics, prior_we
 
 @torch.no_grad()
 def _scale_channels(layer: nn.Module, gain: Tensor, shift: Tensor) -> None:
-    """Multiply the layer's output channels by `gain` and add `shift`, leaving the integer codes of its weight as they are."""
+    """Multiply the layer's output channels by `gain` and add `shift`, without changing the integer codes of its weight."""
     scale_weight(layer, gain)
     bias = layer._parameters["bias"]
     if bias is None:

@@ -15,8 +15,8 @@ from anybit.progress import tell, track
 
 @dataclass(frozen=True)
 class BiasTuningSettings:
-    """epochs over the fitting inputs; rate of Adam; scales: train the scales too (as logarithms); patience in epochs; part: samples that
-    are in memory at once, a batch's gradients being summed over its parts (None: all)."""
+    """epochs over the fitting inputs; rate of Adam; scales: train the scales too (as logarithms); patience in epochs; part: samples in
+    memory at once, with a batch's gradients summed over its parts (None: all)."""
 
     epochs: int = 6
     rate: float = 1e-3
@@ -27,7 +27,7 @@ class BiasTuningSettings:
 
 
 class ScaledCodes(nn.Module):
-    """Fixed integer codes times a free scale: the weight slot of a layer while its outputs are tuned."""
+    """Weight slot of a layer during tuning: fixed integer codes times a free scale."""
 
     codes: Tensor
 
@@ -53,11 +53,11 @@ def tune_biases(
     task: Task | str,
     settings: BiasTuningSettings,
 ) -> dict[str, float]:
-    """Train the biases of the quantized layers, in place, towards the float outputs `references`, one tensor a fitting batch.
+    """Train the biases of the quantized layers, in place, towards the float outputs `references`, one tensor per fitting batch.
 
-    No integer code changes. The best state on held-out inputs is kept; `epochs` 0 means that the start was best. With `scales` the
-    weight and input scales are trained too, which the paper does not do; calibration inputs are often the network's own training data,
-    on which more freedom can fit more than it should.
+    No integer code changes. The best state on held-out inputs is kept; the returned `epochs` is 0 if the start was best. With `scales`,
+    weight and input scales are trained too, which the paper does not do; calibration inputs are often the network's own training data, to
+    which more freedom can overfit.
     """
     layers = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer.weight_quantizer, UniformQuantizer)}
     slots = {name: (layer.weight_quantizer, layer.input_quantizer) for name, layer in layers.items()}
@@ -69,7 +69,7 @@ def tune_biases(
     if not parameters:
         return result
     for parameter in parameters:
-        parameter.requires_grad_(True)  # the user's network may be frozen
+        parameter.requires_grad_(True)  # the user's network may have frozen parameters
     optimizer = torch.optim.Adam(parameters, lr=settings.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * len(fitting))
     generator = torch.Generator().manual_seed(settings.seed)
@@ -93,14 +93,14 @@ def tune_biases(
     if settings.scales and result["epochs"]:
         for layer in layers.values():
             freeze_slots(layer)
-    else:  # exp(log(scale)) is not bitwise the scale: an unchanged model gets its own quantizers back
+    else:  # exp(log(scale)) is not bitwise the scale, so an unchanged model gets its own quantizers back
         for name, layer in layers.items():
             layer.weight_quantizer, layer.input_quantizer = slots[name]
     return result
 
 
 def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: Task | str, part: int | None) -> None:
-    """Add the gradients of the batch's loss, of as many samples at a time as `part`."""
+    """Add the gradients of the batch's loss, at most `part` samples at a time."""
     done = 0
     for inputs in batch.parts(part or len(batch)):
         with torch.enable_grad():
@@ -118,7 +118,7 @@ def _free_scales(layers: Iterable[QuantizedLayer]) -> None:
 
 
 def _tuned_parameters(layer: QuantizedLayer) -> Iterator[nn.Parameter]:
-    bias = float_bias(layer)  # an embedding has none
+    bias = float_bias(layer)  # None for an embedding
     if isinstance(bias, nn.Parameter):
         yield bias
     for slot in (layer.weight_quantizer, layer.input_quantizer):

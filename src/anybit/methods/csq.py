@@ -4,36 +4,37 @@
     L = L_task + lambda * dS * sum over layers and planes of |g|                        dS = average precision now - the budget's
     precision of a layer: its planes with m_B >= 0                                      beta grows from 1, exponentially
 
-m_p, m_n: one logit a weight and bit plane, [N, channels, fan-in] each. m_B: one logit a layer and plane, [N]. s: one scale a layer, or
-one a channel. As beta grows every gate becomes a step, so the network ends quantized: no straight-through estimator, no rounding at the
-end. dS > 0 closes planes, dS < 0 grows them back.
+m_p, m_n: one logit per weight and bit plane, [N, channels, fan-in] each. m_B: one logit per layer and plane, [N]. s: one scale per layer,
+or one per channel. As beta grows, every gate becomes a step, so that the network ends quantized, without a straight-through estimator or a
+final rounding. dS > 0 closes planes, dS < 0 opens them again.
 
 Source: Xiao, Yang, Dong, Keutzer, Du, Zhang, "CSQ: Growing Mixed-Precision Quantization Scheme with Bi-level Continuous Sparsification",
-DAC 2023 (arXiv 2212.02770); its equations from the paper's abstract and the authors' release, its tables could not be read. Deviations:
+DAC 2023 (arXiv 2212.02770). Its equations are from the abstract and the authors' release; its tables were not accessible. Deviations:
 
   * Place values 2^b / (2^N - 1) are constants (the release trains them, and leaves the uniform grid).
-  * Every gate is hardened by one rule, m >= 0 (the release hardens planes only, with another rule than it counts by).
+  * Every gate is hardened by one rule, m >= 0 (the release only hardens planes, with another rule than it counts by).
   * A budget is counted as everywhere in anybit: two's-complement bits, each layer weighted by its parameters, every layer included.
-    n adjacent planes and a sign are n + 1 bits; of planes with gaps, highest minus lowest plus one counts. Dead low planes become a larger
-    scale. The penalty has the same weights. The paper's count (planes, layers unweighted) is reported beside.
+    n adjacent planes and a sign are n + 1 bits; with gaps, highest minus lowest plus one counts. Dead low planes become a larger scale.
+    The penalty has the same weights. The paper's count (planes, layers unweighted) is reported as well.
   * A layer's highest plane stays open until the planes are decided (unless `prune` lets a layer lose all): the batch norm behind a layer
     hides that all its planes close alike, so that without an anchor they do, whatever the layer needs.
   * The penalty does not see the whole distance to the budget at once: its own budget falls from all planes to the user's over the first
     `ramp` of the search. A layer's part in it is a power (`weighting`) of its share of the weights.
-  * Which planes stay is decided once, at `fix` of the run, by an allocation: the most likely planes under the gates' own odds that fit the
-    budget. Their signs alone overshoot it, and gates that are left soft to the end come to rest half open, where the penalty balances.
-  * A trained network starts at its own weights, where gates are soft (the release at the rounded ones, with the bit for the logit). A
+  * The planes to keep are decided once, at `fix` of the run, by an allocation: the likeliest planes under the gates' own odds that fit the
+    budget. Their signs alone would exceed it, and gates that stay soft to the end settle half open, where the penalty balances.
+  * A trained network starts at its own weights, where gates are soft (in the release, at the rounded ones, with the bit as the logit). A
     weight that is a code has logits at +-c. One between two codes has one gate open by its share of the way to the next: near the middle
-    it is undecided and can still fall to either side, and if it is not trained it ends at the nearest. The weight is divided by what gates
-    at +-c make of it, a number that goes to 1 as beta grows.
-  * It starts at signed digits, which m_p and m_n give room for: 3 is 4 - 1. So closing low planes rounds to the nearest, where it cut
-    towards zero in binary digits (the release). And from an even code one gate leads to either neighbour; in binary digits 1 and 2 differ
-    in two gates, which have to move against each other while the gradient pushes both the same way. That is left for crossing odd codes.
-  * The second phase starts as the first did: from the weights as they then are, with logits made new in the best range of the planes that
-    stay, so that what lies between the codes of fewer planes is undecided and trained again; beta is at 1. `phase="rewind"` is the
-    paper's form, which sets beta back alone; `phase="continue"` has no second phase.
-  * Temperatures are chosen for logits of size c = 3: what counts is beta c. The weight gates have their own, for they are decided later
-    than the planes are. Small logits let a soft weight reach far beyond its codes, to values that hardening takes away.
+    it is undecided and can still fall to either side; untrained, it ends at the nearest. The weight is divided by the value that gates at
+    +-c give it, a number that goes to 1 as beta grows.
+  * It starts at signed digits, which m_p and m_n allow: 3 is 4 - 1. Closing low planes therefore rounds to the nearest, where it truncates
+    towards zero with binary digits (the release). And from an even code one gate leads to either neighbour, whereas with binary digits 1
+    and 2 differ in two gates, which have to move in opposite directions while the gradient pushes both the same way. Only crossing odd
+    codes still needs that.
+  * The second phase starts as the first did: from the current weights, with new logits in the best range of the planes that stay, so that
+    values between the codes of fewer planes are undecided and trained again; beta is at 1. `phase="rewind"` is the paper's form, which
+    only resets beta; `phase="continue"` has no second phase.
+  * Temperatures are chosen for logits of size c = 3, since only beta c matters. The weight gates have their own, because they are decided
+    after the planes. Small logits let a soft weight go far beyond its codes, to values that hardening removes.
 """
 
 import math
@@ -46,9 +47,9 @@ from torch import Tensor, nn
 
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import Budget, check_counts_weights
+from anybit.budget import Budget, bits_above, check_counts_weights, check_within
 from anybit.data.batches import Batch
-from anybit.errors import InvalidFile, InvalidSetting
+from anybit.errors import InvalidFile
 from anybit.files.strict import validated
 from anybit.methods.settings import CSQSettings
 from anybit.networks.cost import CostModel
@@ -65,22 +66,22 @@ Gates = Literal["soft", "straight-through", "hard"]
 
 
 def gate(logits: Tensor, temperature: Tensor, kind: Gates) -> Tensor:
-    """f(m): a sigmoid that the temperature turns into a step, or the step itself, which is 1 at m >= 0."""
+    """Return f(m): a sigmoid that the temperature turns into a step, or the step itself, which is 1 at m >= 0."""
     return torch.sigmoid(temperature * logits) if kind == "soft" else (logits >= 0).to(logits.dtype)
 
 
 def slope(logits: Tensor, temperature: Tensor, kind: Gates) -> Tensor:
-    """df / dm. The straight-through gate borrows the sigmoid's, the decided one has none."""
+    """Return df / dm. The straight-through gate has the sigmoid's slope, the decided one none."""
     if kind == "hard":
         return torch.zeros_like(logits)
     rest = 1 - torch.sigmoid(temperature * logits)
-    return temperature * rest * (1 - rest)  # rounds to zero for gates decided either way: tiny numbers slow an optimizer down
+    return temperature * rest * (1 - rest)  # rounds to zero for decided gates: subnormal numbers slow an optimizer down
 
 
 class _GatedSum(torch.autograd.Function):
-    """step times the sum over `planes` of  [ f(p[b]) - f(n[b]) ] place[b] : backward computes the gates again, so only logits are kept.
+    """step times the sum over `planes` of  [ f(p[b]) - f(n[b]) ] place[b] : backward recomputes the gates, so only logits are stored.
 
-    A plane at a time: no tensor of all planes is made, in either direction, but the logits' own gradients.
+    One plane at a time: apart from the logits' own gradients, no tensor of all planes is created in either direction.
     """
 
     @staticmethod
@@ -113,12 +114,12 @@ class _GatedSum(torch.autograd.Function):
 
 
 class GatedWeight(nn.Module):
-    """The weight slot of a layer while it grows: rows [channels, fan-in] made of gates; the layer's own weight is not read.
+    """Weight slot of a growing layer: rows [channels, fan-in] computed from gates; the layer's own weight is not read.
 
     positive, negative  m_p, m_n, [N, channels, fan-in]
     planes              m_B, [N]
     log_scale           log s, [1, 1] or [channels, 1]
-    live                the planes that stay, once they are fixed; None before
+    live                the planes that stay after they are fixed; None before
     """
 
     place_values: Tensor
@@ -149,10 +150,10 @@ class GatedWeight(nn.Module):
 
     @torch.no_grad()
     def start(self, rows: Tensor, planes: range) -> None:
-        """Set the logits such that the weight is `rows`, clamped to what these adjacent planes can be within their best range.
+        """Set the logits so that the weight is `rows`, clamped to the values of these adjacent planes in their best range.
 
-        Each plane has the digit -1, 0 or 1 that leaves to the planes above it the nearest that they can be, so that closing low planes
-        rounds. Between two codes one gate of the lowest plane is open by the share of the way.
+        Each plane has the digit -1, 0 or 1 that leaves the nearest representable value to the planes above it, so that closing low planes
+        rounds. Between two codes, one gate of the lowest plane is open by the share of the way.
         """
         step = weight_scale(rows if len(self.log_scale) > 1 else rows.reshape(1, -1), len(planes) + 1, symmetric=True)
         closed, opened = torch.sigmoid(rows.new_tensor([-self.logit, self.logit]))
@@ -169,7 +170,7 @@ class GatedWeight(nn.Module):
         self.log_scale.copy_((step / self.place_values[planes[0]]).log())
 
     def plane_gate(self) -> Tensor:
-        """g, [N], of planes that are not fixed."""
+        """Return g, [N], of planes that are not fixed."""
         planes = torch.cat([self.planes[:-1], self.planes[-1:].detach()]) if self.anchor else self.planes
         if self.plane_gates == "straight-through":
             soft = torch.sigmoid(planes)
@@ -177,7 +178,7 @@ class GatedWeight(nn.Module):
         return gate(planes, self.plane_temperature, "soft")
 
     def shrinkage(self) -> Tensor | float:
-        """Return what decided gates make of a weight at the start: tanh(c beta / 2) of its bits, f(1) of its planes; 1 where hard."""
+        """Return the factor of decided gates on an initial weight: tanh(c beta / 2) of its bits, f(1) of its planes; 1 if hard."""
         weights = torch.tanh(self.logit * self.temperature / 2) if self.weight_gates == "soft" else 1.0
         return weights * (torch.sigmoid(self.plane_temperature) if self.live is None and self.plane_gates == "soft" else 1.0)
 
@@ -187,14 +188,14 @@ class GatedWeight(nn.Module):
         planes = range(len(self.planes)) if self.live is None else self.live
         return _GatedSum.apply(self.positive, self.negative, place, step, self.temperature, self.weight_gates, planes)
 
-    # Precision, and the end of it
+    # Precision, and its decisions
 
     def kept_planes(self) -> list[int]:
-        """The planes that count: fixed, or with m_B >= 0."""
+        """Return the planes that count: fixed, or with m_B >= 0."""
         return torch.nonzero(self.planes.detach() >= 0).flatten().tolist() if self.live is None else list(self.live)
 
     def bits(self) -> int:
-        """Two's-complement bits that the kept planes need: highest minus lowest plus one, and the sign; 0 without planes."""
+        """Return the two's-complement bits that the kept planes need: highest minus lowest plus one, and the sign; 0 without planes."""
         kept = self.kept_planes()
         return kept[-1] - kept[0] + 2 if kept else 0
 
@@ -210,7 +211,7 @@ class GatedWeight(nn.Module):
         self.negative.requires_grad_(False)
 
     def undecided(self) -> tuple[int, int]:
-        """(gates between 0.01 and 0.99, all gates) of the planes that count, plane gates included until they are fixed."""
+        """Return (gates between 0.01 and 0.99, all gates) of the planes that count, including plane gates until they are fixed."""
         kept = self.kept_planes()
         gates = [gate(logits[kept], self.temperature, self.weight_gates) for logits in (self.positive, self.negative)]
         if self.live is None and self.plane_gates == "soft":
@@ -219,7 +220,7 @@ class GatedWeight(nn.Module):
 
     @torch.no_grad()
     def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer | None]:
-        """Return (values [channels, fan-in], the uniform quantizer that leaves them as they are); (zeros, None) without planes."""
+        """Return (values [channels, fan-in], the uniform quantizer that leaves them unchanged); (zeros, None) without planes."""
         kept = self.kept_planes()
         bits = (self.positive >= 0).long() - (self.negative >= 0).long()  # [N, channels, fan-in], each -1, 0 or 1
         if not kept:
@@ -236,7 +237,7 @@ class GatedWeight(nn.Module):
 class CSQ:
     """A prepared, unfolded network whose scheme grows: a `Trainee` of the grow road.
 
-    choices  layer -> the precisions it may end with; one alone where it is kept
+    choices  layer -> its possible final precisions; only one if it is kept
     budget   on bits, bytes or percent; None keeps every plane
     """
 
@@ -278,34 +279,28 @@ class CSQ:
 
     @staticmethod
     def check_budget(budget: Budget, network: ObservedNetwork) -> None:
-        """Raise InvalidSetting where the budget counts something else than weights, or more than all planes need."""
-        largest = Scheme({name: options[-1] for name, options in network.choices.items()})
+        """Raise InvalidSetting if the budget limits anything but weights, or exceeds the cost of all planes."""
         check_counts_weights(budget)
-        for quantity, limit in budget.costs():
-            most = quantity.total(network.costs, largest)
-            if limit > most:
-                raise InvalidSetting(
-                    f"A budget of {limit:g} {quantity.name} is above what all planes need, {most:g}. "
-                    "Lower the budget, or start with more planes."
-                )
+        largest = Scheme({name: options[-1] for name, options in network.choices.items()})
+        check_within(budget, network.costs, largest, "all planes need", "start with more planes")
 
     @classmethod
     def attach(cls, model: nn.Module, network: ObservedNetwork, budget: Budget | None, settings: CSQSettings) -> "CSQ":
-        """Put gates into the weight slots of `model`, as many planes as the largest precision of each layer of `network` has."""
+        """Put gates into the weight slots of `model`, with as many planes as the largest precision of each layer of `network` needs."""
         return cls(model, network.choices, network.costs, budget, settings)
 
     @property
     def gated(self) -> dict[str, GatedWeight]:
-        """Layer -> its gates."""
+        """Return layer -> its gates."""
         return {n: layer.weight_quantizer for n, layer in self.layers.items() if isinstance(layer.weight_quantizer, GatedWeight)}
 
     @property
     def growing(self) -> dict[str, GatedWeight]:
-        """Those whose planes are not fixed yet."""
+        """Return layer -> gates, for layers whose planes are not fixed yet."""
         return {name: weight for name, weight in self.gated.items() if weight.live is None}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return what Adam trains, at which rate. No weight decay: it would pull logits back to undecided."""
+        """Return the parameters with their rates. No weight decay: it would pull logits back to undecided."""
         gates = list(self.gated.values())
         scales = [weight.log_scale for weight in gates] + [m.log_scale for m in self.model.modules() if isinstance(m, LearnedInput)]
         logits, planes = [m for weight in gates for m in (weight.positive, weight.negative)], [weight.planes for weight in gates]
@@ -316,7 +311,7 @@ class CSQ:
         return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
     def before_step(self, progress: float) -> list[nn.Parameter]:
-        """Set temperatures, and decide planes and weights when it is time; returns the parameters that start anew."""
+        """Set temperatures, and decide planes and weights when it is time; returns the re-initialised parameters."""
         s, restarted = self.settings, []
         if progress >= s.fix and self.growing:
             gates = list(self.growing.values()) if s.phase == "restart" else []
@@ -335,15 +330,15 @@ class CSQ:
         return restarted
 
     def passes(self) -> Iterator[None]:
-        """One, of the network as it is."""
+        """Yield once, with the network unchanged."""
         yield
 
     def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
-        """The task's."""
+        """Return the task's loss."""
         return task_loss
 
     def penalty(self) -> Tensor:
-        """lambda dS times the soft mean bits of a layer, weighted; 0 once all planes are fixed."""
+        """Return lambda dS times the soft mean bits of a layer, weighted; 0 once all planes are fixed."""
         growing = self.growing
         if not growing or self.budget is None:
             return torch.zeros((), device=next(self.model.parameters()).device)
@@ -355,32 +350,27 @@ class CSQ:
         return self.settings.strength * (self.excess() - (1 - reached) * max(distance, 0.0)) * soft_bits
 
     def scheme_of_all_planes(self) -> Scheme:
-        """Where the search starts."""
+        """Return the scheme at which the search starts."""
         return Scheme({name: options[-1] for name, options in self.choices.items()})
 
     def excess(self) -> float:
-        """dS: bits a weight that the scheme now has above the budget (below zero: has in hand)."""
+        """Return dS: bits per weight of the current scheme above the budget (negative: below)."""
         return self._excess(self.scheme())
 
     def _excess(self, scheme: Scheme) -> float:
-        total = sum(self.costs.layers[name].weights for name in self.choices)
-        over = []
         assert self.budget is not None  # without a budget there is no excess
-        for cost, limit in self.budget.costs():
-            bits = cost.scale(self.costs) * cost.stored_bits  # of the file, in one unit of the limit
-            over.append((cost.total(self.costs, scheme) * bits - limit * bits) / total)
-        return max(over)
+        return bits_above(self.budget, self.costs, scheme)
 
     def scheme(self) -> Scheme:
-        """The precisions as the planes stand now."""
+        """Return the precisions of the current planes."""
         gated = self.gated
         return Scheme({n: Precision(gated[n].bits(), o[0].activation_bits) if n in gated else o[0] for n, o in self.choices.items()})
 
     def fix_planes(self) -> None:
-        """Keep the planes that are likeliest by the gates' own odds, among those that fit the budget: an allocation.
+        """Keep the likeliest planes by the gates' own odds, among those that fit the budget: an allocation.
 
-        A gate at logit m is open with odds exp(m), so a set of planes has the log likelihood sum of their m, up to a constant. It counts
-        once for every weight of the layer, as the penalty and the budget do.
+        A gate at logit m is open with odds exp(m), so the log likelihood of a set of planes is the sum of their m, up to a constant. It
+        counts once for every weight of the layer, as in the penalty and the budget.
         """
         growing = self.growing
         best = {name: dict(_likeliest(weight.planes.detach().tolist(), weight.anchor)) for name, weight in growing.items()}
@@ -396,20 +386,20 @@ class CSQ:
             weight = growing[name]
             live: Sequence[int] = planes[scheme[name].stored_weight_bits][1]
             if live and self.settings.phase == "restart":
-                live = range(live[0], live[-1] + 1)  # those between cost nothing and are useful
+                live = range(live[0], live[-1] + 1)  # those in between cost nothing and are useful
                 rows = weight(float_weight(self.layers[name])).detach()
                 weight.temperature.fill_(1.0)
                 weight.start(rows, live)
             weight.fix(live)
 
     def end_of_epoch(self) -> None:
-        """Prune closed planes for good, of straight-through plane gates only."""
+        """Prune closed planes for good, with straight-through plane gates only."""
         if self.settings.plane_gates == "straight-through":
             for weight in self.growing.values():
                 weight.planes.data[weight.planes < 0] = -math.inf
 
     def harden(self) -> None:
-        """Decide every weight gate."""
+        """Decide every weight gate for good."""
         self.hard = True
         for weight in self.gated.values():
             weight.harden()
@@ -417,7 +407,7 @@ class CSQ:
     # For records and checkpoints
 
     def summary(self) -> dict[str, Any]:
-        """Return the scheme now, in this project's count and in the paper's, and how decided it is."""
+        """Return the current scheme, in anybit's count and in the paper's, and how decided it is."""
         gated, scheme = self.gated, self.scheme()
         undecided = [weight.undecided() for weight in gated.values()]
         first = next(iter(gated.values()), None)
@@ -432,16 +422,16 @@ class CSQ:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """None: all is in the network."""
+        """Return nothing: all state is in the network."""
         return {}
 
     def decisions(self) -> dict[str, Any]:
-        """Return the decisions so far, as JSON, for a checkpoint; `restore` takes it back."""
+        """Return the decisions so far, as JSON for a checkpoint."""
         fixed = {name: weight.kept_planes() for name, weight in self.gated.items() if weight.live is not None}
         return {"fixed": fixed, "hard": self.hard, "certificate": self.certificate}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
-        """Restore `decisions`; raise InvalidFile if they are not of this network."""
+        """Restore `decisions`. Raises InvalidFile if they belong to another network."""
         known, gated = validated(Decisions, decisions, "the decisions"), self.gated
         for name, live in known.fixed.items():
             planes = len(gated[name].planes) if name in gated else 0
@@ -460,7 +450,7 @@ class CSQ:
 
 
 class Decisions(BaseModel):
-    """The method's part of a checkpoint: planes that are fixed, whether every weight's bits are, and the allocation's certificate."""
+    """The method's part of a checkpoint: fixed planes, whether every weight's bits are fixed, and the allocation's certificate."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     fixed: dict[str, list[int]]
@@ -469,9 +459,9 @@ class Decisions(BaseModel):
 
 
 def _likeliest(logits: list[float], anchored: bool = False) -> Iterator[tuple[int, tuple[float, list[int]]]]:
-    """bits -> (log odds, planes) of the likeliest planes that need so many bits; between highest and lowest, those with m >= 0.
+    """Yield bits -> (log odds, planes) of the likeliest planes that need this many bits; between highest and lowest, those with m >= 0.
 
-    The highest plane is among them where it is `anchored`.
+    The highest plane is included if it is `anchored`.
     """
     yield 0, (0.0, [])
     count = len(logits)
@@ -479,5 +469,5 @@ def _likeliest(logits: list[float], anchored: bool = False) -> Iterator[tuple[in
         options = []
         for low in range(count - width if anchored else 0, count - width + 1):
             planes = [b for b in range(low, low + width) if b in (low, low + width - 1) or logits[b] >= 0]
-            options.append((sum(max(logits[b], -1e3) for b in planes), planes))  # a pruned plane has no odds, and JSON no infinity
+            options.append((sum(max(logits[b], -1e3) for b in planes), planes))  # a pruned plane has odds of zero, and JSON has no infinity
         yield width + 1, max(options)

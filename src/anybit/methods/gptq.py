@@ -1,28 +1,28 @@
-"""GPTQ with a corrected target: the codes of a layer's weight in closed form, from second moments of its inputs alone.
+"""GPTQ with a corrected target: a layer's codes in closed form, from second moments of its inputs alone.
 
-X are the float network's inputs of the layer and Xq those that the network quantized so far gives it, as rows [samples, fan-in]:
+X are the float network's inputs of the layer, and Xq its inputs in the network quantized so far, as rows [samples, fan-in]:
 
     H = cov(Xq, Xq)     C = cov(X, Xq)
-    W* = W + share W (C - H) (H + damping)^-1               share 1: the weight that repairs most of the error, were weights free
+    W* = W + share W (C - H) (H + damping)^-1               with share 1, the free weight that repairs most of the error
     argmin over codes Q, scales s      tr (W* - s Q) H (W* - s Q)^T
     b* = b + W mean(X) - s Q mean(Xq)
 
-The argmin is searched in three steps, the first for several scales of a channel at once, of which the best is taken:
+The argmin is searched in three steps, the first of them for several scales of a channel, of which the best is kept:
 
-    error feedback          round one input's weights after the other; those to come take up the error of those that are rounded  (GPTQ)
-    coordinate descent      put each code to its best value while all others are fixed, sweep after sweep                        (COMQ, OBC)
-    least squares           the best scale of a channel for its codes, then descent again
+    error feedback          round one input's weights after the other; later inputs compensate for the errors so far            (GPTQ)
+    coordinate descent      set each code to its best value while all others are fixed, sweep after sweep                        (COMQ, OBC)
+    least squares           find the best scale of a channel for its codes, then descend again
 
 Sources: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR
 2023, algorithm 1; Frantar, Singh, Alistarh, "Optimal Brain Compression", NeurIPS 2022; Li et al., "GPTAQ: Efficient Finetuning-Free
 Quantization for Asymmetric Calibration", ICML 2025, for targets of the float network's inputs; Zhang et al., "COMQ: A Backpropagation-Free
 Algorithm for Post-Training Quantization", 2024. Deviations:
 
-  * Inputs are rounded in the order of their falling variance, in all groups of a convolution at once.
+  * Inputs are rounded in order of falling variance, in all groups of a convolution at once.
   * The target goes half of the way (`CORRECTED`), and is corrected as a whole before the first rounding, instead of column by column.
-  * A channel whose rounding to nearest is better after all gets that.
-  * Errors are taken up by back substitution in the Cholesky factor of H, which gives the same codes without an inverse; and where rows are
-    few, H is never built (numerics/quadratic.py).
+  * A channel for which rounding to nearest is better keeps that.
+  * Errors are compensated by back substitution in the Cholesky factor of H, which gives the same codes without an inverse; and with few
+    rows, H is never computed (numerics/quadratic.py).
 """
 
 from dataclasses import dataclass
@@ -36,21 +36,21 @@ from anybit.numerics.quadratic import Quadratic, Step, blocks
 from anybit.numerics.ranges import SMALLEST_RELATIVE_SCALE
 
 CORRECTED = 0.5
-"""Share of the way to W* that the target goes. All of it fits the patches better and the network worse: W* shrinks a layer's outputs where
-its inputs are noisy, and layer after layer adds to it."""
+"""Share of the way to W* that the target goes. The whole way fits the patches better and the network worse: W* shrinks a layer's outputs if
+its inputs are noisy, and this adds up over layers."""
 SHRUNK = (1.0, 0.9, 0.8, 0.7)
-"""Shares of the scale of least squared weight error that are tried: under H, a finer grid that clips more is often better."""
+"""Shares of the scale of least squared weight error to try: under H, a finer grid that clips more is often better."""
 TOGETHER = 2**22
-"""Weights of a group that are solved at once, in whole channels: several tensors of this size and of the tries' are held."""
+"""Weights of a group that are solved at once, in whole channels: several tensors of this size, times the tries, are in memory."""
 
 LARGEST_MOMENT = 1e30
-"""Above it, or where a moment is NaN, products with errors would leave the range of float32."""
+"""Above it, or if a moment is NaN, products with errors would overflow float32."""
 
 
 def gptq(weight: Tensor, moments: Moments, scale: Tensor, bits: int, rounded: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes, [groups, channels, fan-in], and scales, [groups, channels, k], of a layer: a `Solver` (see `loops.moments`).
 
-    A layer whose inputs are too large for their squares to be numbers keeps its rounding to nearest.
+    A layer whose inputs are so large that their squares overflow keeps its rounding to nearest.
     """
     form, cross = moments.form, moments.cross
     if not (form.largest() < LARGEST_MOMENT and (cross is None or cross.abs().amax() < LARGEST_MOMENT)):
@@ -62,14 +62,14 @@ def gptq(weight: Tensor, moments: Moments, scale: Tensor, bits: int, rounded: Te
 
 @dataclass(frozen=True)
 class Solution:
-    """Hold codes [groups, channels, fan-in], as floats, and scales [groups, channels, scales a channel]."""
+    """Codes [groups, channels, fan-in], as floats, and scales [groups, channels, scales per channel]."""
 
     codes: Tensor
     scale: Tensor
 
 
 def corrected_target(weight: Tensor, form: Quadratic, cross: Tensor, damping: float = 0.01) -> Tensor:
-    """Return the target [groups, channels, fan-in] of weights W; `form` is H, and `cross` C or, of a thin H, X's factor.
+    """Return the target [groups, channels, fan-in] for weights W; `form` is H, and `cross` C or, with a thin H, X's factor.
 
     `damping` is a share of the mean variance.
     """
@@ -79,16 +79,16 @@ def corrected_target(weight: Tensor, form: Quadratic, cross: Tensor, damping: fl
 def solve(
     target: Tensor, form: Quadratic, scale: Tensor, bits: int, rounded: Tensor | None = None, damping: float = 0.01, sweeps: int = 4
 ) -> Solution:
-    """Return codes and scales of small error under H, in no channel above that of `rounded` at `scale`.
+    """Return codes and scales of small error under H; no channel's error exceeds that of `rounded` at `scale`.
 
     target    W*, [groups, channels, fan-in]
     form      H
-    scale     [groups, channels, k], positive: scales of least squared weight error, of k equal parts of the fan-in
-    rounded   codes that must not be better; left out, those of the target rounded to nearest
+    scale     [groups, channels, k], positive: scales of least squared weight error, for k equal parts of the fan-in
+    rounded   codes to compare with; by default those of the target rounded to nearest
     """
     limits = quant_limits(bits, signed=True)
     rounded = _nearest(target, _spread(scale, target), limits) if rounded is None else rounded
-    order = form.variance().argsort(stable=True, dim=1)  # rounding begins at its end
+    order = form.variance().argsort(stable=True, dim=1)  # rounding begins at the end
     ordered = form.ordered(order)
     elimination = _Elimination(order, ordered, list(ordered.elimination(damping)))
     search = _Search(form, elimination, limits, scale.max() * SMALLEST_RELATIVE_SCALE, sweeps)
@@ -107,7 +107,7 @@ def quadratic_error(target: Tensor, form: Quadratic, codes: Tensor, scale: Tenso
 
 
 def _spread(scale: Tensor, weight: Tensor, dim: int = 2) -> Tensor:
-    """Return scales of equal parts of dimension `dim` so that they broadcast over `weight`."""
+    """Return scales of equal parts of dimension `dim`, shaped to broadcast over `weight`."""
     return scale if scale.shape[dim] == 1 else scale.repeat_interleave(weight.shape[dim] // scale.shape[dim], dim)
 
 
@@ -126,7 +126,7 @@ class _Elimination:
 
 @dataclass(frozen=True)
 class _Search:
-    """The search in some channels of a layer. Tensors are [groups, fan-in, channels], since an input's weights are worked on together, and
+    """The search in some channels of a layer. Tensors are [groups, fan-in, channels], since an input's weights are processed together, and
     scales [groups, k, channels]."""
 
     form: Quadratic
@@ -152,7 +152,7 @@ class _Search:
         return torch.where(behind[:, None], rounded, codes), torch.where(behind[:, None], scale, scales)
 
     def _fed_back(self, target: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the codes and scales of the best try: input after input is rounded, and those to come make up for its error."""
+        """Return the codes and scales of the best try: one input after the other is rounded, and later ones compensate for its error."""
         tries, form, order = len(SHRUNK), self.elimination.form, self.elimination.order[:, :, None]
         many, scales = target.gather(1, order.expand_as(target)).repeat(1, 1, tries), torch.cat([share * scale for share in SHRUNK], 2)
         spread = scales
@@ -174,7 +174,7 @@ class _Search:
         return torch.empty_like(picked).scatter_(1, order.expand_as(picked), picked), _pick(scales * factor[:, None], best, tries)
 
     def _rescaled(self, errors: Tensor, values: Tensor, form: Quadratic) -> tuple[Tensor, Tensor]:
-        """Return by what a channel's values are multiplied for the least error, [groups, channels], and that error."""
+        """Return the factor on a channel's values of least error, [groups, channels], and that error."""
         images, own = form.images(errors), form.images(values)
         slope, power = (form.products(values, own, other) for other in (images, own))
         factor = 1 + slope / power.clamp_min(1e-30)
@@ -183,12 +183,12 @@ class _Search:
         return torch.where(usable, factor, 1.0), torch.where(usable, before - slope * (factor - 1), before)
 
     def _descended(self, codes: Tensor, scale: Tensor, images: Tensor) -> Tensor:
-        """Return codes of which a sweep of single changes, each the best of its code, has lowered the error; `sweeps` at most.
+        """Return the codes after at most `sweeps` sweeps, in each of which single codes move to their best value.
 
-        `images`, those of the residual, follow in place.
+        `images`, those of the residual, are updated in place.
 
-        A sweep visits the inputs of which some channel's code has a better value as the sweep comes to their block. Channels that a sweep
-        has left alone are done.
+        A sweep visits the inputs for which some channel's code has a better value when the sweep reaches their block. Channels that a sweep
+        did not change are done.
         """
         spread = _spread(scale, codes, 1)
 
@@ -203,13 +203,13 @@ class _Search:
         return result
 
     def _sweep(self, codes: Tensor, spread: Tensor, images: Tensor) -> Tensor:
-        """Put code after code to its best value, codes and images in place; returns which channels have changed."""
+        """Set one code after the other to its best value, codes and images in place; returns which channels changed."""
         changed = torch.zeros(codes.shape[2], dtype=torch.bool, device=codes.device)
         inverse = torch.where(self._alive(), 1 / self.form.variance()[:, :, None], 0.0)
         for block in blocks(codes.shape[1]):
             slope, here = self.form.slopes(images, block), codes[:, block]
             wide = _part(spread, block).expand_as(here)
-            steps = inverse[:, block] / wide  # of a code, by the slope of its weight
+            steps = inverse[:, block] / wide  # of a code, per slope of its weight
             visited = (_best(here, slope, steps, self.limits) != here).any(2).any(0).nonzero().flatten().tolist()
             if not visited:
                 continue
@@ -224,14 +224,14 @@ class _Search:
         return changed
 
     def _alive(self) -> Tensor:
-        """Return the inputs that vary, [groups, fan-in, 1]. Others leave their codes open, which are then rounded to nearest."""
+        """Return the inputs that vary, [groups, fan-in, 1]. The codes of others do not matter, and are then rounded to nearest."""
         variance = self.form.variance()[:, :, None]
         return variance > 1e-12 * variance.amax(1, keepdim=True).clamp_min(1e-30)
 
     def _least_squares(self, codes: Tensor, scale: Tensor, images: Tensor) -> Tensor:
-        """Return the best scale of each part of a channel for its codes, one part after the other; one that would be no scale stays.
+        """Return the best scale of each part of a channel for its codes, one part after the other; an invalid scale is not taken.
 
-        `images`, those of the residual, follow in place.
+        `images`, those of the residual, are updated in place.
         """
         scale, parts = scale.clone(), scale.shape[1]
         width = codes.shape[1] // parts
@@ -248,16 +248,16 @@ class _Search:
 
 
 def _part(spread: Tensor, block: slice) -> Tensor:
-    """Return a block of scales that are one for all inputs or one for each."""
+    """Return a block of scales that are shared by all inputs or given for each."""
     return spread if spread.shape[1] == 1 else spread[:, block]
 
 
 def _pick(tried: Tensor, best: Tensor, tries: int) -> Tensor:
-    """Return [groups, ..., channels] of [groups, ..., tries * channels]: of each channel the try `best`, [groups, channels]."""
+    """Select from [groups, ..., tries * channels] each channel's try `best`, [groups, channels], as [groups, ..., channels]."""
     apart = tried.unflatten(2, (tries, -1))
     return apart.gather(2, best[:, None, None].expand(-1, apart.shape[1], 1, -1)).squeeze(2)
 
 
 def _best(codes: Tensor, slope: Tensor, step: Tensor, limits: tuple[int, int]) -> Tensor:
-    """Return the best value of each code while all others stay."""
+    """Return the best value of each code with all others fixed."""
     return torch.addcmul(codes, slope, step).round_().clamp_(*limits)

@@ -2,11 +2,11 @@
 
     W~ = clamp(round(W / s), quant_min, quant_max) s         s one a channel, trained with W; gradients as `numerics` states them
 
-The scheme is fixed: uniform, or one that another road chose. It is what a grown scheme is compared with, and it trains any run further.
+The scheme is fixed: uniform, or chosen by another road. LSQ is the baseline for grown schemes, and trains any run further.
 
-Source: Esser, McKinstry, Bablani, Appuswamy, Modha, "Learned Step Size Quantization", ICLR 2020, eq. 1 to 3. Deviations: a step a channel
-(the paper has one a layer); its logarithm is trained with Adam, whose steps do not depend on the gradient's size, so the paper's gradient
-scale has no part; steps start from the range of least squared error.
+Source: Esser, McKinstry, Bablani, Appuswamy, Modha, "Learned Step Size Quantization", ICLR 2020, eq. 1 to 3. Deviations: one step per
+channel (in the paper one per layer); its logarithm is trained with Adam, whose steps do not depend on the gradient's size, so that the
+paper's gradient scale is not needed; steps start from the range of least squared error.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ from anybit.scheme import Precision, Scheme
 
 
 class LearnedStep(nn.Module):
-    """The weight slot of a layer while it is trained: the layer's own weight, rounded to learned steps."""
+    """Weight slot of a layer during training: the layer's own weight, rounded to learned steps."""
 
     def __init__(self, quantizer: UniformQuantizer):
         super().__init__()
@@ -65,15 +65,15 @@ class LSQ:
 
     @staticmethod
     def check_budget(budget: Budget, network: ObservedNetwork) -> None:
-        """Raise nothing: a scheme takes the place of a budget."""
+        """Do nothing: a scheme replaces the budget."""
 
     @classmethod
     def attach(cls, model: nn.Module, network: ObservedNetwork, budget: Budget | None, settings: LSQSettings) -> "LSQ":
-        """Put learned steps into the weight slots of `model`, at the one precision that each layer of `network` has; no budget is left."""
+        """Put learned steps into the weight slots of `model`, at the single precision of each layer of `network`; `budget` is unused."""
         return cls(model, Scheme({name: options[0] for name, options in network.choices.items()}), network.costs, settings)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return scales and all other parameters, each at their rate."""
+        """Return scales and all other parameters, each with their rate."""
         scales = [module.log_scale for module in self.model.modules() if isinstance(module, (LearnedStep, LearnedInput))]
         taken = {id(parameter) for parameter in scales}
         others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
@@ -81,14 +81,14 @@ class LSQ:
         return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
     def before_step(self, progress: float) -> list[nn.Parameter]:
-        """Set nothing: nothing depends on the share of the run that is done."""
+        """Do nothing: nothing depends on the progress of the run."""
         return []
 
     def end_of_epoch(self) -> None:
-        """Decide nothing."""
+        """Do nothing: nothing is decided between epochs."""
 
     def passes(self) -> Iterator[None]:
-        """Yield once, for the network as it is."""
+        """Yield once, with the network unchanged."""
         yield
 
     def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
@@ -100,19 +100,19 @@ class LSQ:
         return torch.zeros(())
 
     def summary(self) -> dict[str, Any]:
-        """Return the scheme's weight bits, on average and layer by layer."""
+        """Return the scheme's weight bits, as a mean and layer by layer."""
         return {"weight_bits": self.costs.weight_bits(self.scheme), "layers": {n: p.weight_bits for n, p in self.scheme.items()}}
 
     def state(self) -> dict[str, Tensor]:
-        """Return nothing: all is in the network."""
+        """Return nothing: all state is in the network."""
         return {}
 
     def decisions(self) -> dict[str, Any]:
-        """Return nothing: the scheme was decided before."""
+        """Return nothing: the scheme is fixed."""
         return {}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
-        """Restore nothing."""
+        """Do nothing: there are no decisions."""
 
     def freeze(self, model: nn.Module) -> None:
         """Put uniform quantizers into the slots of `model`, a copy of this one, in place of the learned steps."""

@@ -1,32 +1,32 @@
-"""MultiQuant: one set of weights, trained so that it serves every bit-width.
+"""MultiQuant: one set of weights, trained to serve every bit-width.
 
-    W~ = clamp(round(W / s_b), -2^(b-1), 2^(b-1) - 1) s_b          W shared by all bit-widths b; s_b a step for each b, one a channel
-    x~ = (clamp(round(x / s_b) + z_b, 0, 2^b - 1) - z_b) s_b       a step and an integer offset for each b, one a tensor
+    W~ = clamp(round(W / s_b), -2^(b-1), 2^(b-1) - 1) s_b          W shared by all bit-widths b; a step s_b for each b, one per channel
+    x~ = (clamp(round(x / s_b) + z_b, 0, 2^b - 1) - z_b) s_b       a step and an integer offset for each b, one per tensor
 
-    LRH step    the gradients of three networks are summed and applied at once: H, every layer at its highest bits; R, the weights and
-                the input of each layer at bits drawn at random; L, every layer at its lowest
-    label       with one-hot labels the lowest network has the largest loss and gradient, and drags the shared weights its way. The
-                online adaptive label of class y is the mean softmax of L, R and H over the last epoch's samples of y that they got right:
+    LRH step    the gradients of three networks are summed into one update: H, every layer at its highest bits; R, the weights and the
+                input of each layer at random bits; L, every layer at its lowest
+    label       with one-hot labels the lowest network has the largest loss and gradient, and dominates the shared weights. The online
+                adaptive label of class y is the mean softmax of L, R and H over the last epoch's correctly classified samples of y:
 
                     loss = (1 - a) CE(p, one-hot y) + a CE(p, label y)
 
 Source: Xu, Feng, Zhang, Wang, "MultiQuant: Training Once for Multi-bit Quantization of Neural Networks", IJCAI 2022: shared weights, the
-LRH step, the competition it names and the idea of the online adaptive label. Its equations could not be read.
+LRH step, the competition that it describes and the idea of the online adaptive label. Its equations were not accessible.
 
-Reconstruction: the label's formula, after online label smoothing (Zhang et al., IEEE TIP 2021) and the same first author's EQ-Net (ICCV
-2023), where a = 0.5; the abstract says that soft labels replace one-hot ones, which is a = 1. The alternative there, `label="teacher"`, is
-measured beside it: R learns from H's outputs and L from R's. A step and an offset for each bit-width are EQ-Net's too.
+Reconstruction: the label's formula follows online label smoothing (Zhang et al., IEEE TIP 2021) and the same first author's EQ-Net (ICCV
+2023), which has a = 0.5; the abstract says that soft labels replace one-hot ones, which is a = 1. EQ-Net's alternative,
+`label="teacher"`, is measured as well: R learns from H's outputs and L from R's. A step and an offset per bit-width are EQ-Net's, too.
 
 Deviations:
 
-  * The labels are one-hot unless `label="adaptive"` is asked for: in runs of up to 8 epochs from trained weights, one seed each, the online
-    adaptive label ended behind them at every bit-width, with a = 1 further than with 0.5. The published runs are of 200 epochs.
-  * Steps are trained as factors, exp of a free number, with Adam, whose updates do not depend on the size of a gradient (LSQ's gradient
-    scale has no part).
-  * In the first epoch, and for a class of which nothing was right, there is no label yet: one-hot takes its place.
-  * Offsets are those of the least squared error and stay; `offset_rate` trains them (LSQ+).
-  * Steps are one a channel; `per_channel=False` is the original's.
-  * `middle` "worst" and "best" after AttentiveNAS (Wang et al., CVPR 2021): of a few drawn networks, the one whose layers' bits had the
+  * The labels are one-hot unless `label="adaptive"` is set: in runs of up to 8 epochs from trained weights, with one seed each, the online
+    adaptive label ended below them at every bit-width, further with a = 1 than with 0.5. The published runs have 200 epochs.
+  * Steps are trained as factors, exp of a free number, with Adam, whose updates do not depend on the size of a gradient (so LSQ's gradient
+    scale is not needed).
+  * In the first epoch, and for a class without a correct sample, there is no label yet, and one-hot is used.
+  * Offsets have the least squared error and are fixed; `offset_rate` trains them (LSQ+).
+  * Steps are per channel; `per_channel=False` is the original's form.
+  * `middle` "worst" and "best" follow AttentiveNAS (Wang et al., CVPR 2021): of a few random networks, the one whose layers' bits had the
     highest or lowest losses so far. "progressive": bits below the highest join one after another in the first half of the run.
 """
 
@@ -51,14 +51,14 @@ from anybit.numerics.quantizers import UniformQuantizer, of_operand
 from anybit.scheme import FLOAT_BITS, Precision, Scheme, check_choices
 
 DRAWN = 4
-"""Networks that attentive sampling chooses from."""
+"""Number of networks from which attentive sampling chooses."""
 
 
-# The quantizers: one tensor for all bit-widths, and an index of the one in use
+# The quantizers: one tensor for all bit-widths, and the index of the current one
 
 
 class _Switchable(nn.Module):
-    """Steps for several bit-widths. The index is a tensor, so that a compiled network is not compiled again when it changes."""
+    """Steps for several bit-widths. The index is a tensor, so that switching does not recompile a compiled network."""
 
     start: Tensor
     factors: Tensor
@@ -82,27 +82,27 @@ class _Switchable(nn.Module):
 
     @torch.no_grad()
     def load(self, scales: Tensor) -> None:
-        """Steps of every bit-width, [widths, ...], in place of those that are there."""
+        """Replace the steps of every bit-width, [widths, ...]."""
         if not (torch.isfinite(scales).all() and (scales > 0).all()):
             raise InvalidFile("A stored step is not a positive finite number.")
         self.start.copy_(scales)
         self.change.zero_()
 
     def scales(self) -> Tensor:
-        """Return the steps of every bit-width, [widths, ...]; a factor makes them, so that a loaded step is exact."""
+        """Return the steps of every bit-width, [widths, ...]; they are products with a factor, so that loaded steps are exact."""
         return self.start * (self.factors * self.change).exp()
 
     def scale(self) -> Tensor:
-        """Return the step in use."""
+        """Return the current step."""
         return self.at_hand(self.scales())
 
     def at_hand(self, rows: Tensor) -> Tensor:
-        """The row of the bit-width in use. (A selection by tensor: a plain index would be read as a number, and cut a compiled graph.)"""
+        """Return the current bit-width's row. (Selected by a tensor: a plain index would become a number and split a compiled graph.)"""
         return rows.index_select(0, self.index).squeeze(0)
 
 
 class SwitchableWeight(_Switchable):
-    """The weight slot of a supernet's layer: bits -> scale [channels, 1] or [1, 1]."""
+    """Weight slot of a supernet's layer: bits -> scale [channels, 1] or [1, 1]."""
 
     def __init__(self, scales: Mapping[int, Tensor], factors: Mapping[int, float] = {}):
         super().__init__(scales, True, factors)
@@ -116,7 +116,7 @@ class SwitchableWeight(_Switchable):
 
 
 class SwitchableInput(_Switchable):
-    """The input slot of a supernet's layer: bits -> (scale, zero point), 0-d each, or [2] each of a matmul's operands.
+    """Input slot of a supernet's layer: bits -> (scale, zero point), 0-d each, or [2] each for a matmul's operands.
 
     Offsets are trained as shares of the range.
     """
@@ -127,16 +127,16 @@ class SwitchableInput(_Switchable):
         self.offsets = nn.Parameter(zeros / self.highest(), requires_grad=train_offsets)
 
     def highest(self) -> Tensor:
-        """Return the highest code of every bit-width, of as many dimensions as the offsets."""
+        """Return the highest code of every bit-width, with as many dimensions as the offsets."""
         return self.limits[:, 1].view(-1, *[1] * (self.start.dim() - 1))
 
     def zero_points(self) -> Tensor:
-        """Return the integer zero point of every bit-width, [widths, ...]; the gradient passes the rounding."""
+        """Return the integer zero point of every bit-width, [widths, ...], with straight-through gradients."""
         free = self.offsets.clamp(0, 1) * self.highest()
         return free + (free.round() - free).detach()
 
     def zero_point(self) -> Tensor:
-        """Return the one in use."""
+        """Return the current zero point."""
         return self.at_hand(self.zero_points())
 
     def forward(self, x: Tensor, operand: int | None = None) -> Tensor:
@@ -148,7 +148,7 @@ class SwitchableInput(_Switchable):
 
 
 class SwitchableNorm(nn.Module):
-    """A batch norm for each bit-width of the layer before it, all starting as copies of one."""
+    """A batch norm per bit-width of the layer before it, all initialised as copies of one."""
 
     def __init__(self, norm: nn.Module, widths: Sequence[int]):
         super().__init__()
@@ -169,15 +169,15 @@ class SwitchableNorm(nn.Module):
 
 
 def bits_of(precision: Precision) -> tuple[int, int]:
-    """Return the key that orders precisions: bits of weight and input together, then the weight's."""
+    """Return the sort key of precisions: bits of weight and input together, then the weight's."""
     return precision.stored_weight_bits + (precision.activation_bits or FLOAT_BITS), precision.stored_weight_bits
 
 
 class MultiQuant:
-    """A prepared, unfolded network whose slots have switchable quantizers: the `Trainee` of this method.
+    """A prepared, unfolded network with switchable quantizers in its slots: the `Trainee` of this method.
 
-    choices     layer -> the precisions it may be switched to
-    classes     of a classifier; None leaves the task's own loss, whatever the label rule
+    choices     layer -> its possible precisions
+    classes     number of classes of a classifier; None uses the task's own loss, whatever the label rule
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class MultiQuant:
     ):
         self.model, self.choices, self.settings, self.classes, self.seed = model, choices, settings, classes, seed
         slots = quantized_layers(model)
-        self.layers = {name: slots[name] for name in choices}  # in the order of the choices, whatever that of definition
+        self.layers = {name: slots[name] for name in choices}  # in the order of the choices, not of definition
         self.norms: dict[str, SwitchableNorm] = {}
         device = next(model.parameters()).device
         self.right = torch.zeros(classes or 0, classes or 0, device=device)
@@ -199,12 +199,12 @@ class MultiQuant:
         self.switch(self.highest)
 
     def switch(self, scheme: Scheme) -> None:
-        """Make the network the one that `scheme` names, in place. Raises SchemeMismatch where a precision was not trained."""
+        """Switch the network to `scheme`, in place. Raises SchemeMismatch if a precision was not trained."""
         check_choices(scheme, self.choices)
         for name, precision in scheme.items():
             weights, inputs = self.layers[name].weight_quantizer, self.layers[name].input_quantizer
             if isinstance(weights, SwitchableWeight):
-                assert precision.weight_bits is not None  # one of the layer's choices, which all have bits
+                assert precision.weight_bits is not None  # the layer's choices all have bits
                 weights.switch(precision.weight_bits)
             if isinstance(inputs, SwitchableInput):
                 assert precision.activation_bits is not None
@@ -215,7 +215,7 @@ class MultiQuant:
         self.scheme = self.scheme.replace(scheme)
 
     def switch_norms(self, norms: Mapping[str, str]) -> None:
-        """Give each batch norm that follows a layer (layer -> norm) a set for each of the layer's bit-widths."""
+        """Replace each batch norm that follows a layer (layer -> norm) by one for each of the layer's bit-widths."""
         for layer, name in norms.items():
             widths = getattr(self.layers[layer].weight_quantizer, "widths", ()) if layer in self.layers else ()
             if len(widths) > 1:
@@ -227,12 +227,12 @@ class MultiQuant:
     # The step
 
     def before_step(self, progress: float) -> list[nn.Parameter]:
-        """Store the progress of the run: draws depend on it and on the seed."""
+        """Store the progress of the run, on which draws depend besides the seed."""
         self.progress = progress
         return []
 
     def passes(self) -> Iterator[None]:
-        """Yield the networks of one step, switched to one after another."""
+        """Switch to the networks of one step, one after another, and yield for each."""
         generator = random.Random(f"{self.seed} {self.progress!r}")
         self.wider = None
         for letter in self.settings.sandwich:
@@ -242,7 +242,7 @@ class MultiQuant:
         self.wider = None
 
     def middle(self, generator: random.Random) -> Scheme:
-        """R: each layer's weights and input at bits drawn apart from one another."""
+        """Return the scheme of R: random bits for each layer's weights and input, chosen independently unless `middle` says otherwise."""
         if self.settings.middle not in ("worst", "best"):
             return self.drawn(generator)
         known = [(self.expected_loss(scheme), scheme) for scheme in (self.drawn(generator) for _ in range(DRAWN))]
@@ -250,7 +250,7 @@ class MultiQuant:
         return pick(known, key=lambda pair: pair[0])[1]
 
     def drawn(self, generator: random.Random) -> Scheme:
-        """Return a scheme drawn uniformly; while shrinking progressively, from the precisions that have joined."""
+        """Return a scheme drawn uniformly; with progressive shrinking, from the precisions that have joined."""
         scheme = {}
         for name, options in self.choices.items():
             options = sorted(options, key=bits_of)
@@ -261,14 +261,14 @@ class MultiQuant:
         return Scheme(scheme)
 
     def expected_loss(self, scheme: Scheme) -> float:
-        """Sum over layers of the mean loss of the networks so far in which the layer had this precision."""
+        """Return the sum over layers of the mean loss so far at this precision of the layer."""
         return sum(self.losses[name].get(str(precision), 0.0) for name, precision in scheme.items())
 
     def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
-        """Return the loss of the network at hand, by the label rule."""
+        """Return the loss of the current network, by the label rule."""
         loss = self._labelled(outputs, batch, task_loss)
         if self.letter == "R" and self.settings.middle in ("worst", "best"):
-            mean = float(average(loss.detach()))  # of all processes, so that all draw alike
+            mean = float(average(loss.detach()))  # averaged, so that all processes draw alike
             for name, precision in self.scheme.items():
                 row = self.losses[name]
                 row[str(precision)] = 0.9 * row.get(str(precision), mean) + 0.1 * mean
@@ -283,7 +283,7 @@ class MultiQuant:
         if self.classes is None or rule == "one-hot":
             return task_loss
         log_p = F.log_softmax(outputs.float(), -1)
-        if rule == "teacher" or batch.labels is None:  # only the teacher does without labels
+        if rule == "teacher" or batch.labels is None:  # only the teacher works without labels
             wider, self.wider = self.wider, log_p.detach()
             if wider is None:
                 return task_loss
@@ -296,13 +296,13 @@ class MultiQuant:
         return (1 - share) * task_loss - share * (soft * log_p).sum(-1).mean()
 
     def end_of_epoch(self) -> None:
-        """Compute the online adaptive labels: this epoch's correct predictions are the labels of the next."""
+        """Compute the online adaptive labels of the next epoch from this epoch's correct predictions."""
         counts = self.right.sum(-1, keepdim=True)
         self.labels.copy_(torch.where(counts > 0, self.right / counts.clamp_min(1e-12), torch.zeros_like(self.right)))
         self.right.zero_()
 
     def penalty(self) -> Tensor:
-        """None: every network meets its bits as it is."""
+        """Return zero: every network has its bits from the start."""
         return torch.zeros(())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -318,27 +318,27 @@ class MultiQuant:
     # Reports and state of the training
 
     def summary(self) -> dict[str, Any]:
-        """How sure the labels are: the mean of the right class's share."""
+        """Return how certain the labels are: the mean share of the right class."""
         sure = self.labels.diagonal()[self.labels.sum(-1) > 0] if self.classes else self.labels
         return {"label_confidence": float(sure.mean()) if sure.numel() else None}
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors behind the online label."""
+        """Return the tensors from which the online labels are computed."""
         return {"right": self.right, "labels": self.labels}
 
     def decisions(self) -> dict[str, Any]:
-        """Return the losses that attentive sampling draws by."""
+        """Return the losses on which attentive sampling depends."""
         return {"losses": self.losses}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
         losses = validated(dict[str, dict[str, dict[str, float]]], decisions, "the decisions").get("losses", {})
         if set(losses) != set(self.losses):
-            raise InvalidFile("the decisions are of other layers")
+            raise InvalidFile("the decisions belong to other layers")
         self.losses = losses
 
     @torch.no_grad()
     def freeze(self, model: nn.Module) -> None:
-        """Put the network at hand into the slots of `model`, a copy of this one: uniform quantizers and plain batch norms."""
+        """Put the current network into the slots of `model`, a copy of this one: uniform quantizers and plain batch norms."""
         for layer in quantized_layers(model).values():
             weights, inputs = layer.weight_quantizer, layer.input_quantizer
             if isinstance(weights, SwitchableWeight):

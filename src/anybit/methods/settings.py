@@ -14,7 +14,7 @@ RATE = 1e-3
 GATES = ("soft", "straight-through")
 
 FASTEST = 100
-"""The largest learning rate: beyond it every step leaves the numbers that float32 can train."""
+"""Largest learning rate: beyond it, every step leaves the range that float32 can train."""
 
 
 @documented
@@ -35,14 +35,14 @@ class CSQSettings(Settings):
         0.8, "Share of the search in which the budget falls from all planes to yours; 0: at once, as published.", least=0, most=1
     )
     weighting: float = option(
-        0.5, "Penalty of a plane, as a power of the layer's weight count: 1 like the budget, 0 all alike, as published.",
+        0.5, "Penalty of a plane, as a power of the layer's weight count: 1 as in the budget, 0 equal, as published.",
         least=0, most=1,
     )  # fmt: skip
     fix: float = option(0.15, "Share of the run after which the planes are fixed.", above=0, most=1)
     harden: float = option(0.9, "Share of the run after which every weight's bits are fixed.", above=0, most=1)
     logit: float = option(
         3.0, "Logits of gates that start decided: 1 gives 0.73 or 0.27, 3 gives 0.95 or 0.05.",
-        above=0, most=10, why="in float32 a gate of more is all but decided and cannot be trained", command_line=False,
+        above=0, most=10, why="in float32 a gate beyond it is nearly decided and cannot be trained", command_line=False,
     )  # fmt: skip
     plane_temperature: float = option(
         200.0, "Temperature of the plane gates when they are fixed.", least=1, why="temperatures start at 1", command_line=False
@@ -71,8 +71,23 @@ class CSQSettings(Settings):
 
 @documented
 @dataclass(frozen=True)
+class MSQSettings(Settings):
+    """Settings of MSQ; `methods/msq.py` explains them. Rates are named as those of CSQ."""
+
+    common: ClassVar[Mapping[str, Any]] = {"rare": True}
+
+    start_bits: int = option(6, "msq: bits of every weight at the start.", least=2, most=8)
+    dropping: float = option(0.5, "msq: share of the run over which bits are dropped.", above=0, most=1)
+    drops: int = option(20, "msq: rounds in which bits are dropped.", least=1, most=10**6)
+    pull: float = option(5e-5, "msq: weight of the pull on each weight's last bit while bits are dropped; 0: none.", least=0)
+    scale_rate: float = option(RATE, "Learning rate of the logarithms of scales.", above=0, most=FASTEST, command_line=False)
+    rate: float = option(RATE, "Learning rate of weights and all other parameters.", above=0, most=FASTEST)
+
+
+@documented
+@dataclass(frozen=True)
 class LSQSettings(Settings):
-    """Settings of LSQ, named as those of CSQ."""
+    """Settings of LSQ, with the names of CSQ's."""
 
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 

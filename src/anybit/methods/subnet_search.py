@@ -1,18 +1,18 @@
-"""The search over a supernet's schemes: a Monte-Carlo table, a predictor of the score, a genetic search, and a Pareto front.
+"""The search over a supernet's schemes: a Monte-Carlo table, a score predictor, a genetic search, and a Pareto front.
 
-    table       P(precision of a layer | average cost of the network), counted over random schemes that fill the whole range of averages
-    predictor   a small network from a scheme's bits to its score, fitted to the schemes that were evaluated; its rank correlation is
-                measured on schemes that each fit left out
-    search      from the table's draws and the best schemes known, crossover and mutation by the table towards a target average; the
-                predictor judges, and its favourites are evaluated
+    table       P(precision of a layer | average cost of the network), counted over random schemes across the whole range of averages
+    predictor   a small network from a scheme's bits to its score, fitted to the evaluated schemes; its rank correlation is measured on
+                schemes that each fit left out
+    search      crossover and mutation by the table towards a target average, from the table's draws and the best known schemes; the
+                predictor ranks them, and the best are evaluated
 
 Source: Xu et al., IJCAI 2022 (Monte-Carlo sampling in place of uniform, a quantization-aware accuracy predictor, a genetic search).
-Reconstruction: the table after AttentiveNAS (Wang et al., CVPR 2021), whose P(architecture | FLOPs) it carries to bits; sizes of the
+Reconstruction: the table follows AttentiveNAS (Wang et al., CVPR 2021), with P(architecture | FLOPs) applied to bits; the sizes of the
 predictor and of the search are our own.
 
-Deviation: uniform draws pile up at the middle average, so the schemes that the table counts are drawn with a tilt, each layer's precision
-with a probability proportional to exp(t cost), t itself drawn at random. Among schemes of one total cost that is still uniform, since
-the tilt depends on nothing else; and the ends of the range are reached.
+Deviation: uniform draws concentrate at the middle average, so the schemes that the table counts are drawn with a tilt: each layer's
+precision with a probability proportional to exp(t cost), with random t. Among schemes of equal total cost the draw is still uniform,
+since the tilt depends on nothing else; and the ends of the range are reached.
 """
 
 import math
@@ -41,7 +41,7 @@ Floats = NDArray[np.floating]
 STRATEGIES = ("monte-carlo", "uniform", "integer-program")
 BINS = 24
 TILTED = 20000
-"""Schemes that the table counts."""
+"""Number of schemes that the table counts."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Evaluated:
 
 @dataclass
 class SearchResult:
-    """A finished search: all evaluated schemes, in order, and Kendall's tau of the predictor on schemes that it was not fitted to."""
+    """A finished search: all evaluated schemes, in order, and Kendall's tau of the predictor on schemes outside of its fit."""
 
     evaluated: list[Evaluated]
     rank_correlation: float | None = None
@@ -66,20 +66,20 @@ class SearchResult:
 
 
 def layer_cost(costs: CostModel, quantity: str) -> Callable[[str, Precision], float]:
-    """Return the function of (layer, precision) that gives a layer's part of the cost."""
+    """Return a function of (layer, precision) for a layer's part of the cost."""
     cost = _cost_named(quantity)
     scale = cost.scale(costs)
     return lambda name, precision: cost.layer(costs, name, precision) / scale
 
 
 def total_cost(costs: CostModel, quantity: str, scheme: Scheme) -> float:
-    """Return the exact cost of a scheme, all in."""
+    """Return the exact total cost of a scheme."""
     return _cost_named(quantity).total(costs, scheme)
 
 
 def _cost_named(quantity: str) -> Cost:
     cost = QUANTITIES[quantity]
-    assert isinstance(cost, Cost)  # `SearchSettings` takes no other
+    assert isinstance(cost, Cost)  # `SearchSettings` accepts no other
     return cost
 
 
@@ -89,14 +89,14 @@ def _cost_named(quantity: str) -> Cost:
 class SchemeSpace:
     """All schemes of a supernet, as rows of integers: entry `l` of a row is the index of layer `l`'s precision among its choices.
 
-    `costs` (layers, options) holds the layers' parts of the cost, `low` and `high` are the ends of the range of whole schemes' costs.
+    `costs` (layers, options) holds the layers' parts of the cost; `low` and `high` are the smallest and largest cost of a whole scheme.
     """
 
     def __init__(self, choices: Choices, cost: Callable[[str, Precision], float]):
         self.choices = {name: tuple(options) for name, options in choices.items()}
         self.names = list(self.choices)
         self.sizes = np.array([len(options) for options in self.choices.values()])
-        self.costs = np.zeros((len(self.names), self.sizes.max()))  # zero beyond a layer's own options: no row points there
+        self.costs = np.zeros((len(self.names), self.sizes.max()))  # zero beyond a layer's own options, which no row refers to
         for layer, (name, options) in enumerate(self.choices.items()):
             self.costs[layer, : len(options)] = [cost(name, precision) for precision in options]
         self.layers = np.arange(len(self.names))
@@ -137,11 +137,11 @@ class UniformDraws:
 
 
 class MonteCarloTable:
-    """Draws from P(precision of a layer | cost of the network); `counts` (layers, bins of cost, options) are what it is estimated from."""
+    """Draws from P(precision of a layer | cost of the network); `counts` (layers, bins of cost, options) estimate it."""
 
     def __init__(self, space: SchemeSpace, generator: np.random.Generator):
         self.space = space
-        # Layers differ in size a hundredfold: the tilts that empty or fill the largest and the smallest lie as far apart.
+        # Layers differ in size a hundredfold, and so do the tilts that empty or fill the largest and the smallest.
         signs = np.where(generator.random(TILTED) < 0.5, -1, 1)
         tilts = signs * 10 ** (4 * generator.random(TILTED) - 1) / space.widest
         rows = np.empty((TILTED, len(space.names)), dtype=np.int64)
@@ -151,40 +151,40 @@ class MonteCarloTable:
             rows[:, layer] = _indices(cumulative, generator.random(TILTED), size)
         self.counts = np.zeros((len(space.names), BINS, space.sizes.max()))
         for layer, size in enumerate(space.sizes):
-            self.counts[layer, :, :size] = 1e-3  # every option stays possible in every bin
+            self.counts[layer, :, :size] = 1e-3  # keep every option possible in every bin
         np.add.at(self.counts, (space.layers, self.bin(space.cost(rows))[:, None], rows), 1)
         self.cumulative = self.counts.cumsum(2)
 
     def bin(self, cost: Floats | float) -> Rows:
-        """Return the bin, or bins, that a cost falls into."""
+        """Return the bin, or bins, of a cost."""
         place = BINS * (np.asarray(cost) - self.space.low) / ((self.space.high - self.space.low) or 1.0)
         return np.clip(place, 0, BINS - 1).astype(np.int64)
 
     def sample(self, target: float, count: int, generator: np.random.Generator) -> Rows:
-        """Draw rows, each layer on its own, from the distributions at this cost."""
+        """Draw rows from the distributions at this cost, each layer independently."""
         return _indices(self.cumulative[:, self.bin(target)], generator.random((count, len(self.space.names))), self.space.sizes)
 
     def draw(self, target: float, count: int, generator: np.random.Generator) -> Rows:
-        """Draw rows near this cost: each is the nearest of several samples."""
+        """Draw rows near this cost, each the nearest of several samples."""
         drawn = self.sample(target, 8 * count, generator)
         nearest = np.abs(self.space.cost(drawn) - target).reshape(count, 8).argmin(1)
         return drawn.reshape(count, 8, -1)[np.arange(count), nearest]
 
 
 def _indices(cumulative: Floats, uniform: Floats, sizes: Rows | int) -> Rows:
-    """Return the indices below `sizes` that numbers uniform in [0, 1) pick from unnormalised cumulative weights (last dimension)."""
+    """Return the indices below `sizes` that uniform numbers in [0, 1) select from unnormalised cumulative weights (last dimension)."""
     picked = (uniform[..., None] * cumulative[..., -1:] >= cumulative).sum(-1)
-    return np.minimum(picked, np.asarray(sizes) - 1)  # the product can round up to the whole weight
+    return np.minimum(picked, np.asarray(sizes) - 1)  # the product can round up to the total weight
 
 
 # Predicting
 
 
 class Predictor:
-    """Small networks from a scheme to its score. They see the bits of each layer one-hot, and the rounding noise 4^-b that they make.
+    """Small networks from a scheme to its score. Their inputs are the bits of each layer, one-hot, and the rounding noise 4^-b.
 
-    `fitted` (networks, schemes) says which schemes each is fitted to; without it there is one network, fitted to all. All train at once,
-    from one start, each as if alone: of batches this small, the time goes into calls.
+    `fitted` (networks, schemes) says which schemes each is fitted to; by default there is one network, fitted to all. All train together,
+    from one start, each as if alone: with batches this small, calls take most of the time.
     """
 
     def __init__(self, space: SchemeSpace, rows: Rows, scores: Sequence[float], seed: int, fitted: NDArray[np.bool_] | None = None):
@@ -217,12 +217,12 @@ class Predictor:
 
     @torch.no_grad()
     def scores(self, rows: Rows) -> Floats:
-        """Return what each network predicts of each row, (networks, rows)."""
+        """Return each network's prediction for each row, (networks, rows)."""
         return (self._forward(self._inputs(rows)) * self.deviation + self.mean).numpy()
 
 
 def _linears(count: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-    """Return the weights (count, inputs, outputs) and biases (count, 1, outputs) of `count` equal linear layers, at a random start."""
+    """Return the weights (count, inputs, outputs) and biases (count, 1, outputs) of `count` linear layers with the same random start."""
     layer = nn.Linear(inputs, outputs).requires_grad_(False)
     weight, bias = layer.weight.T.repeat(count, 1, 1), layer.bias.repeat(count, 1, 1)
     return weight.requires_grad_(), bias.requires_grad_()
@@ -247,9 +247,9 @@ def _widths(precision: Precision) -> tuple[int, int]:
 def rank_correlation(space: SchemeSpace, evaluated: Sequence[Evaluated], seed: int, folds: int = 5) -> float | None:
     """Return Kendall's tau of predicted and measured scores, each scheme predicted by a fit that left its fold out.
 
-    None of too few schemes.
+    None if there are too few schemes.
     """
-    from scipy.stats import kendalltau  # slow to import, and every command would
+    from scipy.stats import kendalltau  # slow to import for every command
 
     if len(evaluated) < 2 * folds:
         return None
@@ -274,7 +274,7 @@ def genetic(
     settings: SearchSettings,
     generator: np.random.Generator,
 ) -> Rows:
-    """Return schemes of at most the target cost, the best predicted first."""
+    """Return schemes of at most the target cost, by falling predicted score."""
     space, size = draws.space, settings.population
     population = np.concatenate([start[space.cost(start) <= target], draws.draw(target, size, generator)])
     ranked = population[:0]
@@ -282,7 +282,7 @@ def genetic(
         population = _distinct(np.concatenate([ranked, population]))
         cost = space.cost(population)
         fits = population[cost <= target]
-        if not len(fits):  # every draw was too large
+        if not len(fits):  # every draw exceeds the target
             fits = population[np.argsort(cost, kind="stable")[: size // 4]]
         ranked = fits[np.argsort(-predictor.scores(fits)[0], kind="stable")][: size // 2]
         mothers, fathers = (ranked[(generator.random(size) * len(ranked)).astype(np.int64)] for _ in range(2))
@@ -297,7 +297,7 @@ def search_subnets(
 ) -> SearchResult:
     """Spend `settings.evaluations` calls of `evaluate` (a scheme's score, higher is better) on schemes along the whole range of costs.
 
-    `always` are evaluated first: the uniform schemes, say.
+    `always` are evaluated first, for example the uniform schemes.
     """
     result = SearchResult([])
     scores: dict[Scheme, float] = {}
@@ -346,10 +346,10 @@ def _by_program(
     try_scheme: Callable[[Scheme, str], None],
     scores: Mapping[Scheme, float],
 ) -> None:
-    """Evaluate the sensitivities of single layers, lowest bits first, then the schemes that an integer program chooses by them.
+    """Evaluate the sensitivities of single layers, lowest bits first, then the schemes that an integer program chooses from them.
 
-    Weights and inputs are measured apart, at two thirds of the evaluations; a row that is not measured follows from the widest one that
-    is, scaled by the noise of rounding, 4^-b.
+    Weights and inputs are measured separately, with two thirds of the evaluations; a row that is not measured follows from the widest one
+    that is, scaled by the noise of rounding, 4^-b.
     """
     lowest, highest = (Scheme({name: end(options, key=_widths) for name, options in choices.items()}) for end in (min, max))
     measured: dict[tuple[str, Precision], float] = {}
@@ -374,7 +374,7 @@ def _by_program(
     table = SensitivityTable(_completed(choices, highest, measured), FLOAT, 0)
     limits = [total_cost(costs, settings.quantity, scheme) for scheme in (lowest, highest)]
     left = settings.evaluations - len(scores)
-    for pieces in (left + 1, 2 * left + 1, 4 * left + 1, 8 * left + 1):  # neighbouring budgets often have one solution: then finer ones
+    for pieces in (left + 1, 2 * left + 1, 4 * left + 1, 8 * left + 1):  # neighbouring budgets often share a solution, so refine them
         for index in range(1, pieces):
             if len(scores) >= settings.evaluations:
                 return
@@ -385,7 +385,8 @@ def _by_program(
 
 
 def _completed(choices: Choices, highest: Scheme, measured: Mapping[tuple[str, Precision], float]) -> dict[tuple[str, Precision], float]:
-    """Return every layer's rows, W and A apart: as measured, zero at the highest bits, else scaled by 4^-b from the nearest measured."""
+    """Return every layer's rows, separately for W and A: measured, zero at the highest bits, else scaled by 4^-b from the nearest
+    measured."""
     rows: dict[tuple[str, Precision], float] = {}
     for name, options in choices.items():
         for pick, make in ((_weights, lambda b: Precision(b, None)), (_inputs, lambda b: Precision(None, b))):
@@ -413,7 +414,7 @@ def _inputs(precision: Precision) -> int | None:
 
 
 def pareto_front(evaluated: Sequence[Evaluated]) -> list[Evaluated]:
-    """Return the schemes that no other beats at the same cost or less, by rising cost."""
+    """Return the schemes that no other beats at equal or lower cost, by rising cost."""
     front: list[Evaluated] = []
     for one in sorted(evaluated, key=lambda e: (e.cost, -e.score)):
         if not front or one.score > front[-1].score:
@@ -422,7 +423,7 @@ def pareto_front(evaluated: Sequence[Evaluated]) -> list[Evaluated]:
 
 
 def hypervolume(front: Sequence[Evaluated], cost: float, score: float) -> float:
-    """Return the area that the front dominates, above `score` and left of `cost`: the corner of no value."""
+    """Return the area that the front dominates, above `score` and left of `cost`, the reference corner."""
     area, right = 0.0, cost
     for one in sorted(front, key=lambda e: -e.cost):
         if one.cost < right and one.score > score:

@@ -1,4 +1,4 @@
-"""The methods by name: a new one is a file beside this and a line here. Read before torch is imported, so each is named by its place."""
+"""The methods by name: a new one takes a file here and a line below. Read before torch is imported, so each is given as module:name."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -23,6 +23,7 @@ SOLVERS: Mapping[str, str | None] = {
 
 GROW_METHODS: Mapping[str, str] = {
     "csq": "anybit.methods.csq:CSQ",
+    "msq": "anybit.methods.msq:MSQ",
     "lsq": "anybit.methods.lsq:LSQ",
 }
 """The methods of `grow --method`; the first that fits is the default."""

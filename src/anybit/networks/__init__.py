@@ -1,1 +1,1 @@
-"""One network observed: its layers, wiring, folding, candidates and costs. Imports data and below."""
+"""One observed network: its layers, wiring, folding, candidates and costs. Imports data and below."""

@@ -1,9 +1,9 @@
-"""Fold batch norm away before quantization, and put its statistics right again after it.
+"""Fold batch norms before quantization, and correct the statistics after it.
 
 Fold:   W' = W gamma / sqrt(var + eps)        b' = (b - mean) gamma / sqrt(var + eps) + beta        (per output channel)
 
-Tune:   quantization shifts the mean and the deviation of every channel. With mu_q, sigma_q those of the quantized layer's output and
-        mu_f, sigma_f what they should be,
+Tune:   quantization shifts the mean and the deviation of every channel. With mu_q, sigma_q of the quantized layer's output and the
+        desired mu_f, sigma_f,
 
         gain = sigma_f / sigma_q        W' = W gain        scale' = scale gain        b' = (b - mu_q) gain + mu_f
 
@@ -11,8 +11,8 @@ Tune:   quantization shifts the mean and the deviation of every channel. With mu
 
 Source: Hubara et al., "Accurate Post Training Quantization With Small Calibration Sets", ICML 2021, section 3.4 (batch-norm tuning).
 Deviation: the paper takes mu_f = beta and sigma_f = |gamma|, the statistics of augmented training images. By default the float network's
-statistics on the *same* calibration images are matched instead, which removes the shift between the two sets of images; the paper's form
-is `target="prior"`.
+statistics on the *same* calibration images are matched instead, which removes the shift between the two sets of images;
+`target="prior"` selects the paper's form.
 """
 
 import copy
@@ -45,19 +45,19 @@ from anybit.networks.wiring import BATCH_NORM, LAYER, RESHAPES, Wiring, observe_
 from anybit.numerics.quantizers import UniformQuantizer
 
 SIZES = (1.0, 1e3, 1e-3)
-"""Factors of a layer's inputs at which it is tried: what clamps values clamps them at one."""
+"""Factors of a layer's inputs at which it is tested: a clamp shows at one of them."""
 
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Hold mean and standard deviation of each output channel, [channels] each."""
+    """Mean and standard deviation of each output channel, [channels] each."""
 
     mean: Tensor
     deviation: Tensor
 
 
 def foldable(model: nn.Module, wiring: Wiring) -> dict[str, str]:
-    """Return layer -> the norm that folds into it: its only reader, both called once, with running statistics."""
+    """Return layer -> the norm that can fold into it: its only reader, both called once, with running statistics."""
     pairs = {}
     for layer in wiring.layer_names():
         norm = wiring.batch_norm_after(layer)
@@ -74,13 +74,13 @@ def _obstacle(model: nn.Module, wiring: Wiring, name: str, norm_name: str) -> st
     if not keeps_statistics(norm):
         return "it has no running statistics and normalizes each batch by its own"
     if not type_of(layer).sums:
-        return f"it reads {name}, whose outputs are no weighted sums"
+        return f"it reads {name}, whose outputs are not weighted sums"
     if layer.weight.dtype != torch.float32:
-        return f"the weight of {name} is {layer.weight.dtype}, which has no digits to spare"
+        return f"the weight of {name} is {layer.weight.dtype}, which lacks the precision for folding"
     if name in wiring.read_weights:
-        return f"the weight of {name} serves something else too"
+        return f"the weight of {name} is also used elsewhere"
     if not only_normalizes_first(norm, wiring.operation(norm_name).shape):
-        return f"the forward of {type(norm).__name__} is not a normalization by running statistics and something after it"
+        return f"the forward of {type(norm).__name__} does not begin with a normalization by running statistics"
     return None
 
 
@@ -95,7 +95,7 @@ def _reason(model: nn.Module, wiring: Wiring, name: str) -> str:
     if wiring.calls[name] > 1:
         return f"it runs {wiring.calls[name]} times in one forward pass"
     if not operation.inputs:
-        return "what it reads was not seen being made"
+        return "the operation that computes its input was not observed"
     value = operation.inputs[0]
     maker = wiring.maker(value)
     while maker is not None and maker.kind in RESHAPES and wiring.only_reader(value) is not None:
@@ -104,19 +104,19 @@ def _reason(model: nn.Module, wiring: Wiring, name: str) -> str:
     if maker is None:
         return "it reads the network's input"
     if maker.kind != LAYER:
-        return f"it reads what {maker.name} makes, and not a layer's output"
+        return f"it reads the output of {maker.name}, which is not a layer"
     if wiring.batch_norm_after(maker.name) == name:
         return _obstacle(model, wiring, maker.name, name) or "folding it changes the network's outputs"
     if wiring.calls[maker.name] > 1:
         return f"{maker.name} before it runs {wiring.calls[maker.name]} times in one forward pass"
     if wiring.only_reader(value) is None:
-        return f"the output of {maker.name} is read by others too"
+        return f"the output of {maker.name} is also read elsewhere"
     return f"it does not normalize all channels of {maker.name} before it"
 
 
 @dataclass(frozen=True)
 class Folded:
-    """Hold a folded copy of a network: the pairs that were folded, the statistics that their batch norms promised, and its wiring."""
+    """A folded copy of a network: the folded pairs, the statistics of their batch norms, and the copy's wiring."""
 
     model: nn.Module
     norms: dict[str, str]
@@ -125,10 +125,10 @@ class Folded:
 
 
 def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, outputs: Tensor) -> Folded:
-    """Fold into a copy, which is observed and held against `outputs`, the model's own on `example`.
+    """Fold a copy, observe it, and compare its outputs with `outputs`, those of the model on `example`.
 
-    A layer whose forward is its own (an activation or a clamp inside, a standardized weight) may not be affine in its weight, and a batch
-    norm may be read by more than its call: such layers keep their batch norm. Raises UnsupportedModel where the outputs differ even so.
+    A layer with a custom forward (an activation or a clamp inside, a standardized weight) may not be affine in its weight, and a batch norm
+    may be read outside of its call: such layers keep their batch norm. Raises UnsupportedModel if the outputs still differ.
     """
     own_forward = {name for name in pairs if _has_own_forward(model.get_submodule(name))}
     affine = _affine_layers(model, own_forward, example)
@@ -146,14 +146,14 @@ def fold_checked(model: nn.Module, pairs: Mapping[str, str], example: Batch, out
 
 
 def _has_own_forward(layer: nn.Module) -> bool:
-    """Return whether the layer may compute something else than its type does."""
+    """Return whether the layer may compute something other than its type does."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks
     return "forward" in vars(layer) or bool(hooks) or type(layer) not in COVERED
 
 
 @torch.no_grad()
 def _affine_layers(model: nn.Module, names: set[str], example: Batch) -> set[str]:
-    """Return those of the layers that are affine in weight and bias on their inputs of `example`, and on these enlarged and made small."""
+    """Return those of the layers that are affine in weight and bias on their inputs of `example`, also when these are scaled."""
     read: dict[str, tuple[Any, Any]] = {}
 
     def listen(name: str) -> Callable:
@@ -173,7 +173,7 @@ def _affine_layers(model: nn.Module, names: set[str], example: Batch) -> set[str
 
 
 def _is_affine(layer: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Return whether each output channel follows a factor of its weight and bias, and an addend of its bias, at every size of inputs."""
+    """Return whether each output channel scales with its weight and bias, and shifts with its bias, at every input scale."""
     with suppress(Exception):  # a forward that accepts no other inputs is not checked
         plain, changed = copy.deepcopy(layer).eval(), copy.deepcopy(layer).eval()
         rows = weight_rows(layer, float_weight(layer))
@@ -199,18 +199,18 @@ def _scaled(tensor: Tensor, size: float) -> Tensor:
 
 
 def _harmless(model: nn.Module, pairs: Mapping[str, str], example: Batch, outputs: Tensor) -> dict[str, str]:
-    """Return those of `pairs` that change no output when folded individually."""
+    """Return those of `pairs` that change no output when folded one at a time."""
     return {layer: norm for layer, norm in pairs.items() if _wiring_if_same(fold(model, {layer: norm})[0], example, outputs)}
 
 
 @torch.no_grad()
 def _wiring_if_same(folded: nn.Module, example: Batch, before: Tensor) -> Wiring | None:
-    """Observe `folded` and return its wiring where its outputs on `example` are those `before` the fold, None where they are not."""
-    with suppress(Exception):  # the forward may read what a batch norm has and nothing else
+    """Observe `folded` and return its wiring if its outputs on `example` equal those `before` the fold, else None."""
+    with suppress(Exception):  # the forward may access attributes that only a batch norm has
         wiring, output = observe_outputs(folded, example)
         after = read_output(output, example)
         if not torch.isfinite(before).all():
-            return wiring  # the data or the network is at fault, which is found and named later
+            return wiring  # the data or the network is at fault, and a later check says so
         same = (before - after).abs().max() <= 1e-3 * before.abs().max().clamp_min(1e-6)
         return wiring if same else None
     return None
@@ -218,9 +218,9 @@ def _wiring_if_same(folded: nn.Module, example: Batch, before: Tensor) -> Wiring
 
 @torch.no_grad()
 def fold(model: nn.Module, pairs: Mapping[str, str]) -> tuple[nn.Module, dict[str, ChannelStatistics]]:
-    """Return a copy of `model` with each batch norm of `pairs` folded into its layer, and the statistics each promised (beta, |gamma|).
+    """Return a copy of `model` with each batch norm of `pairs` folded into its layer, and the expected statistics of each (beta, |gamma|).
 
-    A layer whose weight slot is filled keeps its codes; its scales are multiplied, so its batch norm's gamma must be above zero.
+    A layer whose weight slot is filled keeps its codes and its scales are multiplied, so gamma must be positive.
     """
     folded = copy.deepcopy(model)
     promised = {}
@@ -245,9 +245,9 @@ def _promised(norm: nn.Module) -> ChannelStatistics:
 
 @torch.no_grad()
 def flip_negative(model: nn.Module, pairs: Mapping[str, str]) -> None:
-    """Make every gamma of `pairs` positive, in place, without changing the outputs: weight, biases, mean and gamma change their sign.
+    """Make every gamma of `pairs` positive, in place, without changing the outputs: weight, biases, mean and gamma change sign.
 
-    Training quantized weights before a fold needs it: a scale times a negative gamma is no scale.
+    Needed before quantized weights are trained: a scale cannot be multiplied by a negative gamma.
     """
     for layer_name, norm_name in pairs.items():
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
@@ -263,14 +263,14 @@ def flip_negative(model: nn.Module, pairs: Mapping[str, str]) -> None:
 
 
 def folded_gammas(model: nn.Module, pairs: Mapping[str, str]) -> list[nn.Parameter]:
-    """Return the gammas that will be folded into scales, and so must stay above zero: of every bit-width, where each has its own norm."""
+    """Return the gammas that fold into scales and must stay positive; with a norm for each bit-width, those of all of them."""
     norms = [module for name in pairs.values() for module in model.get_submodule(name).modules() if is_norm(module)]
     return [norm.weight for norm in norms if isinstance(norm.weight, nn.Parameter)]
 
 
 @torch.no_grad()
 def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[BatchNorm] | None = None) -> None:
-    """Put the running statistics of every batch norm (or of `norms`) to those of `batches`, in place; all else runs in evaluation mode."""
+    """Set the running statistics of every batch norm (or of `norms`) to those of `batches`, in place; all else is in evaluation mode."""
     if norms is None:
         norms = tracking_norms(model)
     momenta = [norm.momentum for norm in norms]
@@ -289,13 +289,13 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], norms: Sequence[Batch
 
 
 def _become(module: nn.Module, other: nn.Module) -> None:
-    """Turn `module` into `other`, wherever the network holds it: under several names, in a list, in a function's closure."""
+    """Turn `module` into `other` wherever the network holds it: under several names, in a list, in a function's closure."""
     module.__class__, module.__dict__ = type(other), vars(other)
 
 
 @torch.no_grad()
 def channel_statistics(model: nn.Module, layers: Iterable[str], batches: Iterable[Batch]) -> dict[str, ChannelStatistics]:
-    """Return mean and deviation of each layer's output channels over `batches`, summed in double precision."""
+    """Return mean and deviation of each layer's output channels over `batches`, computed in double precision."""
     outputs_of_layer = {name: lambda args, kwargs, output: [output] for name in layers}
     return {name: statistics for name, (statistics,) in _statistics(model, outputs_of_layer, batches).items()}
 
@@ -304,7 +304,7 @@ def channel_statistics(model: nn.Module, layers: Iterable[str], batches: Iterabl
 def twin_statistics(
     model: nn.Module, twins: Mapping[str, Sequence[nn.Module]], batches: Iterable[Batch]
 ) -> dict[str, list[ChannelStatistics]]:
-    """Return the same of each layer's `twins`, quantized copies of it that are fed with what `model` feeds the layer, in one pass."""
+    """Return the statistics of each layer's `twins`, quantized copies that read the same inputs as the layer in `model`, in one pass."""
     outputs_of_twins = {
         name: lambda args, kwargs, output, copies=copies: (twin(*args, **kwargs) for twin in copies) for name, copies in twins.items()
     }
@@ -314,7 +314,7 @@ def twin_statistics(
 def _statistics(
     model: nn.Module, outputs: Mapping[str, Callable[..., Iterable[Tensor]]], batches: Iterable[Batch]
 ) -> dict[str, list[ChannelStatistics]]:
-    """Return statistics of the tensors that `outputs` (layer -> function of its arguments and output) makes of every call."""
+    """Return statistics of the tensors that `outputs` (layer -> function of its arguments and output) computes in every call."""
     sums: dict[str, list[tuple]] = {}
 
     def listen(name: str) -> Callable:
@@ -336,9 +336,9 @@ def _statistics(
 
 
 def channel_sums(layer: nn.Module, output: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Return (values a channel, their sums, their squares' sums), the latter two [channels] in double precision.
+    """Return (values per channel, their sums, the sums of their squares), the latter two [channels] in double precision.
 
-    Each sample's channel is summed first, where its values lie side by side: far faster than reducing across samples at once.
+    Each sample's channel is summed first, where its values are contiguous: far faster than reducing across samples at once.
     """
     if type_of(layer).channels_last:
         rows = output.flatten(0, -2).double()
@@ -356,7 +356,7 @@ def statistics_from_sums(count: int, total: Tensor, squares: Tensor) -> ChannelS
 
 @torch.no_grad()
 def scale_weight(layer: nn.Module, gain: Tensor) -> None:
-    """Multiply the rows of the layer's weight by `gain`: through the scales where it is quantized, so that its codes stay."""
+    """Multiply the rows of the layer's weight by `gain`; if it is quantized, its scales, so that the codes stay."""
     quantizer = getattr(layer, "weight_quantizer", None)
     weight = float_weight(layer)
     rows = weight_rows(layer, weight)

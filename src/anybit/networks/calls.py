@@ -19,7 +19,7 @@ from anybit.networks.wiring import surroundings_of
 
 @dataclass
 class CallSite:
-    """One call of a function that a layer could compute; `plain` where nothing around it would be missing if the layer ran alone."""
+    """One call of a function that a layer could compute; `plain` if it would behave the same when the layer runs alone."""
 
     function: str
     arguments: dict[str, Any]
@@ -27,13 +27,13 @@ class CallSite:
 
     @property
     def operands(self) -> list[Tensor]:
-        """Return the tensors that are multiplied."""
+        """Return the operands of the product."""
         names = ("query", "key", "value") if self.function == ATTENTION else PRODUCTS.get(self.function, ("input", "weight"))
         return [self.arguments[name] for name in names]
 
 
 def observed_calls(model: nn.Module, batch: Batch) -> "Calls":
-    """Run the model once and return the calls of functions in it."""
+    """Run the model once and return its function calls."""
     observer = Calls(model)
     stack = ExitStack()
     for name, module in model.named_modules():
@@ -47,11 +47,11 @@ def observed_calls(model: nn.Module, batch: Batch) -> "Calls":
 
 
 class Calls(TorchFunctionMode):
-    """Sees every function of one pass. Tensors are kept alive, so that an id is never used twice.
+    """Sees every function of one pass. Tensors are kept alive, so that no id is reused.
 
     activations   ids of the tensors that depend on the inputs
-    sources       id of a tensor that is made of parameters alone -> their names
-    read          parameters that something reads besides the calls in `sites`
+    sources       id of a tensor computed from parameters alone -> their names
+    read          parameters that are read other than by the calls in `sites`
     """
 
     def __init__(self, model: nn.Module):
@@ -95,8 +95,8 @@ class Calls(TorchFunctionMode):
         for tensor in results:
             if active:
                 self._make(tensor)
-            elif (name in ARGUMENTS and isinstance(module, COVERED)) or 0 in tensor.stride():  # no weight: what a layer makes of a
-                # parameter, and a parameter for each sample
+            elif (name in ARGUMENTS and isinstance(module, COVERED)) or 0 in tensor.stride():  # not a weight: a value that a layer computes
+                # from a parameter, or a parameter expanded over samples
                 self.read |= sources
             elif sources:
                 self.sources[id(tensor)] = sources
@@ -108,7 +108,7 @@ class Calls(TorchFunctionMode):
         self.alive.append(tensor)
 
     def weights_behind(self, tensors: Iterable[Tensor]) -> set[str]:
-        """Return the parameters that tensors are made of."""
+        """Return the parameters from which tensors are computed."""
         return {name for tensor in tensors for name in self.sources.get(id(tensor), ())}
 
     def tied(self) -> list[list[str]]:

@@ -1,7 +1,7 @@
-"""Candidates: every layer's weights at each weight bit-width and ranges at each activation bit-width, kept apart, and the edges' ranges.
+"""Candidates: each layer's weights at each weight bit-width, its ranges at each activation bit-width, and the edges' ranges.
 
-A precision combines one of each, so five by three choices cost five reconstructions and three ranges, not fifteen.
-`apply_scheme` puts the chosen ones into a copy of the prepared model: the canonical form.
+A precision combines one of each, so that five by three choices cost five reconstructions and three ranges, not fifteen.
+`apply_scheme` installs the chosen ones in a copy of the prepared model: the canonical form.
 """
 
 import copy
@@ -43,7 +43,7 @@ class WeightCandidate:
 
 @dataclass(frozen=True)
 class ActivationCandidate:
-    """scale and integer zero point, both 0-d; both [2] for the two operands of a matmul."""
+    """scale and integer zero point, both 0-d; both [2] for the operands of a matmul."""
 
     scale: Tensor
     zero_point: Tensor
@@ -51,14 +51,14 @@ class ActivationCandidate:
 
 @dataclass
 class Candidates:
-    """(layer, bits) -> candidate, weights and activations apart; edges: name -> (low, high) of its 8 bits."""
+    """(layer, bits) -> candidate, separately for weights and activations; edges: name -> (low, high) at 8 bits."""
 
     weights: dict[tuple[str, int], WeightCandidate] = field(default_factory=dict)
     activations: dict[tuple[str, int], ActivationCandidate] = field(default_factory=dict)
     edges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def on(self, device: str) -> "Candidates":
-        """Return the same candidates on `device`."""
+        """Return the candidates on `device`."""
 
         def moved(candidate):
             return type(candidate)(*(None if part is None else part.to(device) for part in vars(candidate).values()))
@@ -84,7 +84,7 @@ def frozen_candidate(layer: nn.Module) -> WeightCandidate:
 
 
 def activation_candidate(samples: Sequence[Tensor], bits: int, estimator: str) -> ActivationCandidate:
-    """Return the range of a sample of the layer's input values, or of both operands' of a matmul."""
+    """Return the range for a sample of the layer's input values, or for both operands of a matmul."""
     ranges = [activation_range(sample, bits, estimator) for sample in samples]
     return ActivationCandidate(*ranges[0]) if len(ranges) == 1 else ActivationCandidate(*map(torch.stack, zip(*ranges, strict=True)))
 
@@ -93,7 +93,7 @@ def install(layer: nn.Module, weights: WeightCandidate | None, inputs: Activatio
     """Fill the layer's slots from candidates, in place."""
     weight_quantizer: nn.Module | None = None
     if weights is not None:
-        assert precision.weight_bits is not None  # those of the candidate
+        assert precision.weight_bits is not None  # the candidate's bits
         weight_quantizer = put_weight(layer, weights, precision.weight_bits)
     elif precision.weight_bits == 0:
         weight_quantizer = Pruned()
@@ -106,19 +106,19 @@ def install(layer: nn.Module, weights: WeightCandidate | None, inputs: Activatio
 
 @torch.no_grad()
 def put_weight(layer: nn.Module, weights: WeightCandidate, bits: int) -> UniformQuantizer:
-    """Fill the layer's weight slot from a candidate, its weight and bias with it, in place; return the quantizer."""
+    """Fill the layer's weight slot from a candidate and set its weight and bias, in place; returns the quantizer."""
     quantizer = UniformQuantizer(bits, True, weights.scale)
     float_weight(layer).copy_(from_rows(layer, quantizer.values(weights.codes.float())))
     if weights.bias is not None:
         bias = float_bias(layer)
-        assert bias is not None  # a candidate has one where its layer has
+        assert bias is not None  # a candidate has a bias if its layer has
         bias.copy_(weights.bias)
     layer.weight_quantizer = quantizer
     return quantizer
 
 
 def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) -> nn.Module:
-    """Return a copy of the prepared model with each layer's slots filled as `scheme` says: the canonical form, its edges float."""
+    """Return a copy of the prepared model with each layer's slots filled as `scheme` says: the canonical form, with float edges."""
     model = copy.deepcopy(prepared)
     layers = quantized_layers(model)
     check_names(scheme, layers, "The model")
@@ -129,9 +129,9 @@ def apply_scheme(prepared: nn.Module, scheme: Scheme, candidates: Candidates) ->
 
 @contextmanager
 def swapped(model: nn.Module, prepared: nn.Module, name: str, precision: Precision, candidates: Candidates) -> Iterator[None]:
-    """Give one layer of `model`, a canonical form of `prepared`, another precision inside the block, and put it back exactly afterwards.
+    """Give one layer of `model`, a canonical form of `prepared`, another precision inside the block, and restore it exactly afterwards.
 
-    For the length of the block `model` is what `apply_scheme` gives of its scheme with this layer at `precision`, without another copy.
+    Inside the block, `model` equals the result of `apply_scheme` with this layer at `precision`, without another copy.
     """
     layer, source = model.get_submodule(name), prepared.get_submodule(name)
     assert isinstance(layer, QuantizedLayer)
@@ -152,18 +152,18 @@ def swapped(model: nn.Module, prepared: nn.Module, name: str, precision: Precisi
 
 
 def _install_chosen(name: str, layer: nn.Module, precision: Precision, candidates: Candidates) -> None:
-    """Fill the layer's slots with the candidates of a precision; raises SchemeMismatch where there is none."""
+    """Fill the layer's slots with the candidates of a precision. Raises SchemeMismatch if there is none."""
     input_bits = precision.activation_bits if type_of(layer).reads_numbers else None
     try:
         weights = candidates.weights[name, precision.weight_bits] if precision.weight_bits else None
         inputs = candidates.activations[name, input_bits] if input_bits else None
     except KeyError as error:
-        raise SchemeMismatch(f"There is no candidate for {name} at {precision}. Add the bit-width to those that are prepared.") from error
+        raise SchemeMismatch(f"There is no candidate for {name} at {precision}. Prepare that bit-width, too.") from error
     install(layer, weights, inputs, precision)
 
 
 def to_tensors(candidates: Candidates) -> dict[str, Tensor]:
-    """Return the candidates by name, for a file: packed codes, scales and biases apart."""
+    """Return the candidates as named tensors for a file: packed codes, scales and biases."""
     tensors = {}
     for (name, bits), weights in candidates.weights.items():
         tensors[f"{name}|W{bits}|codes"] = torch.from_numpy(pack(weights.codes.cpu().numpy(), bits))
@@ -179,11 +179,11 @@ def to_tensors(candidates: Candidates) -> dict[str, Tensor]:
 KEY = re.compile(
     r"(?P<name>.*)\|(?:W(?P<weight_bits>[2-8])\|(?P<part>codes|scale|bias)|A(?P<activation_bits>[2-8])|(?P<edge>edge))", re.DOTALL
 )
-"""How a candidate's tensor is called."""
+"""Names of a candidate's tensors."""
 
 
 def from_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> Candidates:
-    """The candidates that `to_tensors` gave, of layers with weights of these (rows, columns). Raises InvalidFile where they are none."""
+    """Return the candidates that `to_tensors` wrote, for layers with weights of these (rows, columns). Raises InvalidFile if malformed."""
     parts: dict[tuple[str, int], dict[str, Tensor]] = {}
     candidates = Candidates()
     for key, tensor in tensors.items():
@@ -205,11 +205,11 @@ def from_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, 
 def _weights_from(where: str, parts: Mapping[str, Tensor], bits: int, rows: int, columns: int) -> WeightCandidate:
     codes, scale, bias = (parts.get(part) for part in ("codes", "scale", "bias"))
     if codes is None or codes.dtype != torch.uint8 or codes.dim() != 1:
-        raise InvalidFile(f"{where}: the packed codes are missing or no bytes")
+        raise InvalidFile(f"{where}: the packed codes are missing or not bytes")
     if scale is None or scale.dtype != torch.float32 or scale.shape != (rows,):
-        raise InvalidFile(f"{where}: there is not one scale for each of {rows} rows")
+        raise InvalidFile(f"{where}: it needs one scale for each of {rows} rows")
     if bias is not None and (not bias.is_floating_point() or bias.dim() != 1 or not torch.isfinite(bias).all()):
-        raise InvalidFile(f"{where}: the bias is no row of finite numbers")
+        raise InvalidFile(f"{where}: the bias is not a vector of finite numbers")
     _check_scales(where, scale)
     unpacked = torch.from_numpy(unpack(codes.numpy(), bits, rows * columns)).view(rows, columns)
     return WeightCandidate(unpacked, scale[:, None], bias)
@@ -217,17 +217,17 @@ def _weights_from(where: str, parts: Mapping[str, Tensor], bits: int, rows: int,
 
 def _activation_from(key: str, tensor: Tensor, bits: int) -> ActivationCandidate:
     if tensor.dtype != torch.float32 or tensor.shape not in ((2,), (2, 2)):
-        raise InvalidFile(f"{key} is no scale and zero point")
+        raise InvalidFile(f"{key} is not a scale and zero point")
     scale, zero_point = tensor
     _check_scales(key, scale)
     if not ((zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point < 2**bits)).all():
-        raise InvalidFile(f"{key}: zero point {zero_point.tolist()} is no integer from 0 to {2**bits - 1}")
+        raise InvalidFile(f"{key}: zero point {zero_point.tolist()} is not an integer from 0 to {2**bits - 1}")
     return ActivationCandidate(scale, zero_point)
 
 
 def _ends_from(key: str, tensor: Tensor) -> tuple[float, float]:
     if tensor.dtype != torch.float32 or tensor.shape != (2,) or not -torch.inf < tensor[0] <= tensor[1] < torch.inf:
-        raise InvalidFile(f"{key} is no range")
+        raise InvalidFile(f"{key} is not a range")
     low, high = tensor.tolist()
     return low, high
 
@@ -245,6 +245,6 @@ def check_finite_samples(samples: Mapping[str, Sequence[Tensor]]) -> None:
         largest = max((float(sample.abs().max()) for sample in operands if sample.numel()), default=0.0)
         if largest > LARGEST:
             raise InvalidInput(
-                f"The input of layer {name} reaches {largest:.3g} on the calibration data; the multiples of a scale for more than "
-                f"{LARGEST:.1g} are no float32. Check the data and the network, or --keep '{name}=float'."
+                f"The input of layer {name} reaches {largest:.3g} on the calibration data; a scale for values "
+                f"beyond {LARGEST:.1g} overflows float32. Check the data and the network, or --keep '{name}=float'."
             )

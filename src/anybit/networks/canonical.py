@@ -12,12 +12,12 @@ from anybit.scheme import Scheme
 
 @dataclass
 class Canonical:
-    """The canonical form, with what a file needs besides the tensors.
+    """The canonical form, and the values stored besides its tensors.
 
-    model        folded, slots filled, with the edges rounded that an integer runtime holds as codes
+    model        folded, slots filled, with those edges rounded that an integer runtime holds as codes
     folded       layer -> batch norm folded into it
     edges        name -> (low, high) of every edge, rounded or not
-    fingerprint  outputs by which the network at hand is known again
+    fingerprint  outputs that identify the network
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""Capture a unit's inputs and outputs within a memory budget. Nothing else spills to disk."""
+"""Capture a unit's inputs and outputs within a memory budget, spilling to disk beyond it."""
 
 import ctypes
 import os
@@ -23,9 +23,9 @@ class _Stop(Exception):
 
 @dataclass
 class CapturedTensor:
-    """Hold one captured tensor over all samples, [N, rows a sample, ...], in memory or in a file that the operating system pages.
+    """One captured tensor over all samples, [N, rows per sample, ...], in memory or in a memory-mapped file.
 
-    Windows and flattened positions give a layer several rows a sample; they stay together.
+    Windows and flattened positions give a layer several rows per sample, which stay together.
     """
 
     tensor: Tensor
@@ -40,13 +40,13 @@ class CapturedTensor:
         self.filled += batch_size
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return the rows of the samples `indices`, as the layer saw them."""
+        """Return the rows of the samples `indices`, in the layer's layout."""
         return self.tensor[indices].flatten(0, 1)
 
 
 @dataclass
 class BatchStore:
-    """Hold one captured tensor, batch by batch as it came: samples padded to the length of their batch do not stack."""
+    """One captured tensor as a list of batches: samples padded to the length of their batch cannot be stacked."""
 
     tensors: list[Tensor]
 
@@ -54,40 +54,40 @@ class BatchStore:
         self.tensors.append(budget.allocate(tuple(values.shape), values.dtype).copy_(values))
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return a copy of the tensor of the one batch that `indices` names: a forward may write into what it reads."""
+        """Return a copy of the tensor of the one batch in `indices`: a forward may modify its input."""
         return self.tensors[int(indices)].clone()
 
 
 class MemoryBudget:
-    """Hand out a unit's tensors: from memory while `limit` bytes last, then from temporary files that go with the tensors."""
+    """Allocate a unit's tensors in memory up to `limit` bytes, then in temporary files that are deleted with the tensors."""
 
     def __init__(self, limit: int):
         self.limit, self.used, self.spilled = limit, 0, 0
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return an uninitialized tensor; contents of a spilled one live on disk."""
+        """Return an uninitialized tensor, on disk if the memory is used up."""
         count = int(torch.Size(shape).numel())
         size = count * dtype.itemsize
         if self.used + size <= self.limit:
             self.used += size
             return torch.empty(shape, dtype=dtype)
         try:
-            with tempfile.NamedTemporaryFile(prefix="anybit-") as file:  # the name goes at once; the mapping keeps the bytes
+            with tempfile.NamedTemporaryFile(prefix="anybit-") as file:  # the name is removed at once; the mapping keeps the bytes
                 if size:
-                    os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills later would end the process with no word
+                    os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills later would kill the process without a message
                 spilled = torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
         except OSError as error:
             raise AnybitError(
                 f"{size:,} bytes of activations do not fit into the rest of the memory budget ({self.limit:,} bytes) nor on the disk of "
-                f"{tempfile.gettempdir()} ({error.strerror}). Raise --memory, calibrate on fewer --samples, or point TMPDIR at a larger "
-                "disk. What was finished is kept: the same command continues."
+                f"{tempfile.gettempdir()} ({error.strerror}). Raise --memory, calibrate on fewer --samples, or set TMPDIR to a folder "
+                "on a larger disk. Finished results are kept: the same command continues."
             ) from error
         self.spilled += size
         return spilled
 
 
 def give_back() -> None:
-    """Return freed memory to the system. The C library keeps what tensors of some megabytes took, for tensors that may never come."""
+    """Return freed memory to the system: the C library keeps blocks of some megabytes for later tensors."""
     if sys.platform == "linux":
         with suppress(AttributeError):  # only in glibc
             ctypes.CDLL(None).malloc_trim(0)
@@ -97,9 +97,9 @@ def give_back() -> None:
 class Captured:
     """Inputs and outputs of a module, sample by sample.
 
-    `arguments` are the (args, kwargs) of its forward, as nested as they came, every tensor of the batch replaced by its store; a tensor
-    that is the same for all samples (a mask) is kept once. Of padded batches `masks` say which tokens are real; they are kept whole.
-    `constant` says that the module reads the same in every batch (positions, say), which is kept as one sample.
+    `arguments` are the (args, kwargs) of its forward, nested as received, with every tensor of the batch replaced by its store; a tensor
+    that is equal for all samples (a mask) is kept once. Padded batches are kept whole, and `masks` mark their real tokens.
+    `constant` means that the module reads the same in every batch (positions, for example), kept as one sample.
     """
 
     arguments: tuple[tuple, dict]
@@ -109,12 +109,12 @@ class Captured:
     constant: bool = False
 
     def batch(self, indices: Tensor) -> tuple[tuple, dict]:
-        """Return (args, kwargs) of the samples `indices` (of padded data: of one batch), on the device they came from."""
+        """Return (args, kwargs) of the samples `indices` (for padded data: of one batch), on the device that they came from."""
         return map_leaves(self.arguments, (CapturedTensor, BatchStore), lambda store: store.rows(indices).to(self.device))
 
     def outputs(self, indices: Tensor) -> Tensor:
-        """Return the outputs of the samples `indices` (of padded data: of one batch)."""
-        assert self.output is not None  # asked for
+        """Return the outputs of the samples `indices` (for padded data: of one batch)."""
+        assert self.output is not None  # captured with outputs=True
         return self.output.rows(indices).to(self.device)
 
 
@@ -122,7 +122,7 @@ class Captured:
 def carry(
     source: Callable[[Tensor], Tensor], count: int, budget: "MemoryBudget", whole_batches: bool, size: int = 64
 ) -> CapturedTensor | BatchStore:
-    """Return a store of `source(indices)`, computed `size` samples at a time, or `count` whole batches one by one."""
+    """Return a store of `source(indices)`, computed `size` samples at a time, or one batch at a time for `count` whole batches."""
     if whole_batches:
         whole = BatchStore([])
         for index in chunks(count, 1):
@@ -133,13 +133,14 @@ def carry(
         values = source(indices)
         store = store or CapturedTensor.like(values, len(indices), count, budget)
         store.add(values, len(indices))
-    assert store is not None  # even of no samples there is one chunk
+    assert store is not None  # there is one chunk even without samples
     return store
 
 
 @torch.no_grad()
 def capture(model: nn.Module, name: str, batches: Iterable[Batch], count: int, budget: MemoryBudget, outputs: bool = False) -> Captured:
-    """Return inputs (and `outputs`, if asked) of module `name`, which runs once a pass, over `batches`, of `count` samples together."""
+    """Capture the inputs, and `outputs` if asked, of module `name`, which runs once per pass, over `batches` with `count` samples in
+    total."""
     (captured,) = capture_calls(model, name, batches, count, budget, outputs)
     return captured
 
@@ -154,12 +155,11 @@ def capture_calls(
     outputs: bool = False,
     constant: Sequence[bool] = (True,),
 ) -> list[Captured]:
-    """Return the same of each of the calls of a module in a pass; `constant` says of each whether it may turn out to be constant, which the
-    float network decides for the quantized one, too.
+    """Capture each call of a module that runs several times per pass. `constant` says for each call whether it may turn out to be constant;
+    the float network decides that for the quantized one, too.
 
-    Tensors are copied the moment they pass: a later in-place operation (`out += shortcut`) would rewrite them.
-    The pass stops once the module has run for the last time. Raises UnsupportedModel where the module's rows cannot be told apart by
-    sample; padded batches are kept as they are.
+    Tensors are copied immediately, since a later in-place operation (`out += shortcut`) would overwrite them. The pass stops after the
+    module's last call. Raises UnsupportedModel if the module's rows cannot be assigned to samples; padded batches are kept whole.
     """
     batches = list(batches)
     padded = _differ_in_length([batch.mask for batch in batches])
@@ -177,7 +177,7 @@ def capture_calls(
         for hook in hooks:
             hook.remove()
     if not all(recorder.complete(len(batches)) for recorder in recorders):
-        raise UnsupportedModel(f"Unit {name} does not run as often for every input: it is skipped or repeated. Keep its layers float.")
+        raise UnsupportedModel(f"Unit {name} does not run equally often for every input: it is skipped or repeated. Keep its layers float.")
     captured = [recorder.captured for recorder in recorders]
     for one in captured if padded else ():
         one.masks = [batch.mask for batch in batches]
@@ -185,7 +185,7 @@ def capture_calls(
 
 
 class _Turns:
-    """Give each call of a module in a pass to a recorder of its own, and end the pass after the last."""
+    """Assign each call of a module in a pass to its own recorder, and end the pass after the last call."""
 
     def __init__(self, recorders: "Sequence[_Recorder | _WholeBatches]"):
         self.recorders, self.at = recorders, 0
@@ -211,14 +211,14 @@ class _Turns:
 
 
 def _differ_in_length(masks: list[Tensor | None]) -> bool:
-    """Return whether any batch is padded, or has another length than the others: samples of one length stack, masked or not."""
+    """Return whether any batch is padded, or batches differ in length; samples of one length can be stacked, masked or not."""
     present = [mask for mask in masks if mask is not None]
     return len({mask.shape[1] for mask in present}) > 1 or not all(mask.all() for mask in present)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Stand for the number-th tensor among a module's arguments."""
+    """Stand for one of the tensors among a module's arguments, by its number."""
 
     number: int
 
@@ -231,8 +231,8 @@ class _Recorder:
         self.batch_size = self.calls = 0
         self.places: Any = None  # (args, kwargs) with a _Place for each tensor
         self.first: list[Tensor] = []  # the tensors of the first batch
-        self.stores: list[CapturedTensor | None] = []  # None: the rows are not the batch's
-        self.same: set[int] = set()  # tensors that were the same in every batch so far
+        self.stores: list[CapturedTensor | None] = []  # None: its rows are not samples
+        self.same: set[int] = set()  # tensors that have been equal in every batch so far
         self.output: CapturedTensor | None = None
         self.first_output: Tensor | None = None
 
@@ -242,12 +242,12 @@ class _Recorder:
 
     @property
     def constant(self) -> bool:
-        """Return whether all that was read was the same in every batch."""
+        """Return whether all arguments were equal in every batch."""
         return len(self.same) == len(self.first) and (self.calls > 1 or self.stores[0] is None)
 
     @property
     def captured(self) -> Captured:
-        """Return the arguments, each tensor as its store or, where all samples share it, as it is."""
+        """Return the arguments, each tensor as its store or, if all samples share it, as it is."""
 
         def held(place: _Place) -> CapturedTensor | Tensor:
             store, same = self.stores[place.number], place.number in self.same and self.calls > 1
@@ -259,7 +259,7 @@ class _Recorder:
         return Captured(map_leaves(self.places, _Place, held), output, self.first[0].device, constant=self.constant)
 
     def before(self, args: tuple, kwargs: dict) -> None:
-        tensors = [tensor.detach() for tensor in tensors_in((args, kwargs))]  # a forward may take gradients of its own
+        tensors = [tensor.detach() for tensor in tensors_in((args, kwargs))]  # a forward may compute gradients itself
         if not self.calls:
             numbers = iter(range(len(tensors)))
             self.places = map_leaves((args, kwargs), Tensor, lambda _: _Place(next(numbers)))
@@ -294,8 +294,8 @@ class _Recorder:
 
     def _refusal(self, values: Tensor) -> str:
         return (
-            f"Unit {self.name} sees a tensor of shape {tuple(values.shape)} for {self.batch_size} samples, whose rows cannot be told "
-            "apart by sample. Name a larger block around it with --block, or keep its layers float."
+            f"Unit {self.name} reads a tensor of shape {tuple(values.shape)} for {self.batch_size} samples, whose rows cannot be assigned "
+            "to samples. Name a larger block around it with --block, or keep its layers float."
         )
 
 
@@ -305,7 +305,7 @@ def _check_tensor(name: str, output: Any) -> None:
 
 
 class _WholeBatches:
-    """Record one call in every batch of padded ones, whose lengths differ: nothing is cut by sample."""
+    """Record one call in every batch, as a whole: padded batches differ in length and are not split by sample."""
 
     def __init__(self, name: str, budget: MemoryBudget, outputs: bool):
         self.name, self.budget, self.outputs, self.calls, self.batch_size = name, budget, outputs, 0, 0
@@ -334,15 +334,16 @@ class _WholeBatches:
 
     def after(self, output: Any) -> None:
         _check_tensor(self.name, output)
-        assert self.output is not None  # else `before` has stopped the pass
+        assert self.output is not None  # else `before` stopped the pass
         self.output.add(output, self.budget)
 
 
 @torch.no_grad()
 def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Batch], values: int, seed: int) -> dict[str, list[Tensor]]:
-    """Return about `values` values of each layer's input over all batches, flat, smallest and largest included, none of padding.
+    """Return about `values` values of each layer's input over all batches, flattened, including the smallest and the largest, without
+    padding.
 
-    One tensor a layer, two of a matmul: one an operand.
+    One tensor per layer; two for a matmul, one per operand.
     """
     batches = list(batches)
     each = max(1, values // max(1, len(batches)))
@@ -361,7 +362,7 @@ def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Bat
         flat = unpadded(tensor, mask).reshape(-1)
         if not len(flat):
             raise UnsupportedModel(
-                f"Layer {name} reads an input of shape {tuple(tensor.shape)}, without a value. Keep it: --keep '{name}=float'."
+                f"Layer {name} reads an input of shape {tuple(tensor.shape)}, which is empty. Keep it: --keep '{name}=float'."
             )
         picked = flat if len(flat) <= each else flat[torch.randint(len(flat), (each,), generator=generator)]
         return torch.cat([picked, flat.min()[None], flat.max()[None]]).float()

@@ -1,8 +1,8 @@
-"""Layers that read the network's own inputs and cannot tell their values apart on a few bits: those that lie far from zero, or whose
-channels have unlike units (Kelvin beside Pascal).
+"""Layers that read the network's own inputs and cannot resolve them with few bits: inputs that lie far from zero, or whose channels have
+different units (Kelvin beside Pascal).
 
-A layer's input has one range for all channels, with zero in it: its step follows the largest value of any channel, while the layer computes
-with how much each of them varies.
+A layer's input has one range for all channels, which includes zero. Its step follows the largest value of any channel, while the layer
+depends on how much each channel varies.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,16 +15,16 @@ from anybit.networks.layers import float_weight
 from anybit.networks.wiring import LAYER, RESHAPES, Operation, Wiring
 
 WORST = 0.01
-"""Error of the rounded inputs, as a part of what the layer computes from them, beyond which it is said."""
+"""Error of the rounded inputs, relative to the layer's outputs, above which it is reported."""
 FINER = 16
-"""How much less it would have to be with a range for each channel: else it is the bits that are few, and not the inputs."""
+"""Factor by which a range per channel would have to reduce the error; else the bits are too few, not the inputs at fault."""
 
 
 @torch.no_grad()
 def coarse_layers(model: nn.Module, wiring: Wiring, bits: Mapping[str, int], batch: Batch) -> dict[str, float]:
-    """Return layer -> the error of its inputs rounded to `bits`, as a part of what it computes from them, where that is much.
+    """Return layer -> relative error of its outputs when its inputs are rounded to `bits`, for layers where it is large.
 
-    bits   the layers to look at, and the most bits that the input of each may have
+    bits   layer to examine -> the most bits that its input may have
     """
     layers = {op.name: model.get_submodule(op.name) for op in wiring.operations if op.name in bits and _reads_inputs(wiring, op)}
     layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)}
@@ -57,7 +57,7 @@ def _reads_inputs(wiring: Wiring, op: Operation) -> bool:
 
 
 def _error(layer: nn.Module, x: Tensor, bits: int) -> float:
-    """Return the squared error of the layer's outputs from rounding `x`, over their variance; 0 where ranges by channel would not help."""
+    """Return the squared error of the layer's outputs from rounding `x`, over their variance; 0 if ranges per channel would not help."""
     channels = x if isinstance(layer, nn.Linear) else x.movedim(-1 - len(layer.kernel_size), -1)  # type: ignore[arg-type]
     rows, highest = channels.reshape(-1, channels.shape[-1]), 2**bits - 1
     low, high = rows.amin(0), rows.amax(0)
@@ -70,13 +70,13 @@ def _error(layer: nn.Module, x: Tensor, bits: int) -> float:
 
 
 def _energy(layer: nn.Module) -> Tensor:
-    """Return the sum of the squared weights that each channel of the input is multiplied by."""
+    """Return the sum of the squared weights of each input channel."""
     weight, groups = float_weight(layer).detach(), getattr(layer, "groups", 1)
     return weight.reshape(groups, -1, weight.shape[1], weight[0, 0].numel()).square().sum((1, 3)).flatten()
 
 
 def coarse_in_words(errors: Mapping[str, float], bits: Mapping[str, int]) -> Iterable[str]:
-    """Yield a sentence about each of the layers."""
+    """Yield a sentence about each of these layers."""
     for name, error in errors.items():
         yield (
             f"{name} reads inputs that lie far from zero or have unlike units: rounding them to {bits[name]} bits costs "

@@ -1,4 +1,4 @@
-"""Products of two tensors by their subscripts, as einsum writes them, turned into the matrix products that layers compute."""
+"""Products of two tensors, written as einsum subscripts, turned into the matrix products that layers compute."""
 
 import string
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from anybit.networks.matmul import Matmul
 
 @dataclass(frozen=True)
 class Contraction:
-    """A sum of products of two tensors: a letter for each of their dimensions and of the output's; none twice in one, none of one alone
-    that is summed over."""
+    """A sum of products of two tensors, with a letter for each dimension of both and of the output. No letter occurs twice in one tensor,
+    and none that is summed over occurs in only one."""
 
     first: str
     second: str
@@ -22,7 +22,7 @@ class Contraction:
 
     @cached_property
     def batch(self) -> str:
-        """Return the dimensions of all three."""
+        """Return the dimensions that all three share."""
         return "".join(letter for letter in self.output if letter in self.first and letter in self.second)
 
     @cached_property
@@ -30,7 +30,7 @@ class Contraction:
         return "".join(letter for letter in self.first if letter in self.second and letter not in self.output)
 
     def own(self, subscripts: str) -> str:
-        """Return the dimensions that one operand shares only with the output."""
+        """Return the dimensions that this operand shares only with the output."""
         return "".join(letter for letter in subscripts if letter not in self.batch + self.summed)
 
     def sizes(self, first: Sequence[int], second: Sequence[int]) -> dict[str, int]:
@@ -38,13 +38,13 @@ class Contraction:
         return dict(zip(self.second + self.first, [*second, *first], strict=True))
 
     def broadcasts(self, first: Sequence[int], second: Sequence[int]) -> bool:
-        """Return whether a dimension has two sizes."""
+        """Return whether the operands differ in the size of a dimension."""
         sizes = self.sizes(first, second)
         return any(sizes[letter] != size for letter, size in zip(self.second, second, strict=True))
 
 
 def contraction(equation: str | None, first: int, second: int) -> Contraction | None:
-    """Return the contraction of an einsum over operands of so many dimensions, or of `@` without an equation; None of what is no such."""
+    """Return the contraction of an einsum over operands with these numbers of dimensions, or of `@` if there is no equation; else None."""
     if equation is None:
         batch = string.ascii_uppercase[: max(first, second) - 2]
         return Contraction(batch[len(batch) - first + 2 :] + "ik", batch[len(batch) - second + 2 :] + "kj", batch + "ij")
@@ -59,7 +59,7 @@ def contraction(equation: str | None, first: int, second: int) -> Contraction | 
 
 
 def is_transposed(of: Contraction) -> bool:
-    """Return whether the second operand has the dimensions that are summed over last, as keys have."""
+    """Return whether the summed dimensions come last in the second operand, as in keys."""
     own = of.own(of.second)
     return bool(own) and of.second.index(of.summed[-1]) > of.second.index(own[-1])
 
@@ -74,13 +74,13 @@ def multiplied(of: Contraction, first: Tensor, second: Tensor, layer: Matmul) ->
 
 
 def weight_rows_of(of: Contraction, weight: Tensor, operand: int) -> Tensor:
-    """Return a weight, one of the operands, as [experts, outputs, inputs]: those of a linear for each place of the batch dimensions."""
+    """Return the weight operand as [experts, outputs, inputs]: a linear's weight for each place of the batch dimensions."""
     subscripts = (of.first, of.second)[operand]
     return _arranged(weight, subscripts, [of.batch, of.own(subscripts), of.summed])
 
 
 def weighted(of: Contraction, operands: Sequence[Tensor], operand: int, layers: Sequence[nn.Module]) -> Tensor:
-    """Compute a product with a weight by a linear for each of its experts; of the operand that is the weight the shape alone is read."""
+    """Compute a product with a weight by a linear for each expert; only the shape of the weight operand is read."""
     activation, subscripts = operands[1 - operand], (of.first, of.second)
     inputs, outputs = of.own(subscripts[1 - operand]), of.own(subscripts[operand])
     groups = [of.batch] if of.batch else []
@@ -91,7 +91,7 @@ def weighted(of: Contraction, operands: Sequence[Tensor], operand: int, layers: 
 
 
 def _arranged(tensor: Tensor, subscripts: str, groups: Sequence[str]) -> Tensor:
-    """Return the tensor with one dimension for each group of its own."""
+    """Return the tensor with one dimension for each group of dimensions."""
     order = [subscripts.index(letter) for letter in "".join(groups)]
     arranged = tensor if order == sorted(order) else tensor.permute(order)
     for place, group in enumerate(groups):
@@ -101,7 +101,7 @@ def _arranged(tensor: Tensor, subscripts: str, groups: Sequence[str]) -> Tensor:
 
 
 def _restored(result: Tensor, groups: Sequence[str], output: str, sizes: dict[str, int]) -> Tensor:
-    """Return the tensor with its groups apart again, in the order of the output."""
+    """Return the tensor with its groups split again, in the order of the output."""
     for place, group in reversed(list(enumerate(groups))):
         if len(group) != 1:
             result = result.unflatten(place, [sizes[letter] for letter in group]) if group else result.squeeze(place)

@@ -1,8 +1,8 @@
-"""Copies of a network that compute by themselves, and the proof that they do.
+"""Independent copies of a network, and the check that they are independent.
 
-A deep copy leaves functions as they are: a hook or an attribute that closes over a layer, or over a dictionary that the network reads,
-still reaches the original's. `copied` binds such functions to what the copy has instead, and `checked_copy` holds a copy against its
-original while the original's weights are away.
+A deep copy shares functions with the original: a hook or an attribute that closes over a layer, or over a dictionary that the network
+reads, still reaches the original's. `copied` rebinds such functions to the objects of the copy, and `checked_copy` compares a copy with
+its original while the original's weights are replaced.
 """
 
 import copy
@@ -23,8 +23,8 @@ from anybit.files.strict import in_words
 
 
 class BoundFunction:
-    """A function of which what it holds at `places` (its closure, globals and defaults) is copied with whatever holds the function, as an
-    object's attributes are."""
+    """A function whose values at `places` (closure, globals and defaults) are copied with the object that holds the function, as
+    attributes are."""
 
     def __init__(self, function: FunctionType, places: Sequence["Place"]):
         self.function, self.places = function, places
@@ -38,7 +38,7 @@ class BoundFunction:
 
 
 class BoundReference:
-    """A weak reference whose object is copied with whatever holds it."""
+    """A weak reference whose object is copied with its holder."""
 
     def __init__(self, target: Any):
         self.target = target
@@ -48,27 +48,27 @@ class BoundReference:
 
 
 def copied(model: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module:
-    """Return a deep copy whose functions reach its own modules and containers; raise UnsupportedModel naming the innermost module that
+    """Return a deep copy whose functions refer to its own modules and containers. Raises UnsupportedModel naming the innermost module that
     cannot be copied.
 
-    `instead` are objects of the copy by the id of what they stand for.
+    `instead`   id of an object -> its replacement in the copy
     """
     memo = {} if instead is None else instead
     memo.update(_detached(model))
     try:
         twin = copy.deepcopy(model, memo)
         _Binder(model, memo).bind(twin)
-    except Exception as error:  # an attribute's own class raises whatever it likes
+    except Exception as error:  # an attribute's class may raise any error
         name, module, said = _uncopiable(model, error)
         raise UnsupportedModel(
-            f"{name or 'The network'}, a {type(module).__name__}, cannot be copied, and the work is done on a copy: {said}. "
+            f"{name or 'The network'}, a {type(module).__name__}, cannot be copied, and anybit works on a copy: {said}. "
             "Keep such attributes out of the module, detach() its tensors, or give it a __deepcopy__."
         ) from error
     return twin
 
 
 def _detached(model: nn.Module) -> dict[int, Tensor]:
-    """Return a copy without a graph of each tensor in a list or dictionary of the model's, which an earlier pass has left there."""
+    """Return a detached copy of each tensor that an earlier pass left in a list or dictionary of the model."""
     containers = [one for one in _reachable(model, functions=False) if isinstance(one, (dict, list))]
     tensors = [item for one in containers for item in (one.values() if isinstance(one, dict) else one) if isinstance(item, Tensor)]
     return {id(tensor): tensor.detach().clone() for tensor in tensors if tensor.grad_fn is not None}
@@ -87,17 +87,17 @@ def _uncopiable(model: nn.Module, error: Exception) -> tuple[str, nn.Module, str
 
 
 class _Binder:
-    """Binds the functions in a copy that close over something of the original; `memo` is what copying it has left."""
+    """Rebinds the functions in a copy that close over objects of the original; `memo` is the memo of the deep copy."""
 
     def __init__(self, original: nn.Module, memo: dict[int, Any]):
         self.memo = memo
         self.original = list(_reachable(original, functions=False))  # held, so that no id is used twice
         self.owned = {id(one) for one in self.original if _is_mutable(one)}
-        self.seen = {id(one) for one in self.original}  # shared objects are not changed
+        self.seen = {id(one) for one in self.original}  # shared objects stay unchanged
 
     def bind(self, value: Any) -> Any:
         """Return the counterpart of `value` in the copy: itself, changed in place, or a new object."""
-        if isinstance(value, BoundFunction):  # copied with all that it holds
+        if isinstance(value, BoundFunction):  # already copied with its contents
             return value
         if isinstance(value, FunctionType):
             return self._function(value)
@@ -156,7 +156,7 @@ Place = tuple[str, int | str]
 
 
 def _held(function: FunctionType) -> Iterator[tuple[Place, Any]]:
-    """Yield where the function holds which value; of its globals those that may be or lead to modules."""
+    """Yield (place, value) of all that the function holds; of its globals, those that may lead to modules."""
     for index, cell in enumerate(function.__closure__ or ()):
         with _empty_cells():
             yield ("closure", index), cell.cell_contents
@@ -181,9 +181,10 @@ def _names_in(code: CodeType) -> Iterator[str]:
 def _rebuilt(
     key: Any, function: FunctionType, places: Sequence[Place], twin_of: Callable[[Any], Any], memo: dict[int, Any]
 ) -> BoundFunction:
-    """Return the same code over the twins of what it holds at `places`, entered into `memo` for `key` before: what it holds may lead back.
+    """Return the same code with the copies of its values at `places`. It is entered into `memo` first, since the values may refer back to
+    it.
 
-    Functions that share a variable share it still.
+    Functions that shared a variable still share it.
     """
     cells, values, added = list(function.__closure__ or ()), dict(_held(function)), []
     for kind, index in places:
@@ -209,7 +210,7 @@ def _rebuilt(
 
 @contextmanager
 def _empty_cells() -> Iterator[None]:
-    """Let a cell stay empty whose variable has no value yet."""
+    """Keep cells empty whose variable has no value yet."""
     try:
         yield
     except ValueError as error:
@@ -218,7 +219,7 @@ def _empty_cells() -> Iterator[None]:
 
 
 def _reachable(root: Any, functions: bool) -> Iterator[Any]:
-    """Yield all that can be reached from `root`, once each; through what functions close over, or as deep copies go, not through them."""
+    """Yield everything reachable from `root`, once each: through the closures of functions or, as deep copies do, not through them."""
     seen, stack = set(), [root]
     while stack:
         value = stack.pop()
@@ -253,14 +254,14 @@ def _is_mutable(value: Any) -> bool:
     return isinstance(value, (dict, list, set, Tensor)) or _has_attributes(value)
 
 
-# A copy held against its original
+# A copy compared with its original
 
 
 def checked_copy(model: nn.Module, example: Batch) -> nn.Module:
-    """Return a copy that gives the outputs of `model` on `example`, and on its samples in another order, without a weight of it.
+    """Return a copy with the outputs of `model` on `example` and on its samples in another order, independent of the model's weights.
 
-    `model` itself runs only where functions of its own could tell the copy apart, and is left as it was. Raises UnsupportedModel, naming
-    what of the original the copy reaches, where no copy computes by itself.
+    `model` itself only runs if it has functions that could reach the original, and is left unchanged. Raises UnsupportedModel, naming what
+    the copy reaches in the original, if no copy is independent.
     """
     place = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     batches = [example.to(place), Batch(map_tensors(example.inputs, lambda tensor: tensor.flip(0)), None, example.reader).to(place)]
@@ -273,7 +274,7 @@ def checked_copy(model: nn.Module, example: Batch) -> nn.Module:
 
 
 def _computes_alone(twin: nn.Module, model: nn.Module, batches: Sequence[Batch], suspect: bool) -> bool:
-    """Return whether `twin` gives the outputs of `model` while the weights of `model` are away; True where the outputs cannot tell."""
+    """Return whether `twin` gives the outputs of `model` while the weights of `model` are replaced; True if the outputs cannot tell."""
     source = model if suspect else twin
     with _restored(twin, parameters=False), _restored(source, parameters=suspect):
         with _moved_away(model):
@@ -282,8 +283,8 @@ def _computes_alone(twin: nn.Module, model: nn.Module, batches: Sequence[Batch],
             return True
         expected = _outputs(source, batches[: len(alone or batches)])
         if expected is None or _same(alone, expected):
-            return True  # a pass that fails on the original is the inputs' fault, which is named later
-        return not _same(_outputs(source, batches[: len(expected)]), expected)  # nor can random or stateful outputs
+            return True  # if a pass fails on the original, a later check reports the inputs
+        return not _same(_outputs(source, batches[: len(expected)]), expected)  # random or stateful outputs cannot tell either
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -292,11 +293,11 @@ def _is_finite(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor] | None:
-    """Return the outputs in evaluation mode, None where a pass fails."""
+    """Return the outputs in evaluation mode; None if a pass fails."""
     try:
         with evaluating(model):
             return [predict(model, batch) for batch in batches]
-    except Exception:  # a model raises whatever it likes
+    except Exception:  # a model may raise any error
         return None
 
 
@@ -310,12 +311,12 @@ def _same(ones: list[Tensor] | None, others: list[Tensor] | None) -> bool:
 
 @contextmanager
 def _moved_away(model: nn.Module) -> Iterator[None]:
-    """Put NaN in place of all weights and buffers inside the block; the memory that holds them is not written to."""
+    """Replace all weights and buffers by NaN inside the block, without writing to the memory that holds them."""
     own: list[tuple[Tensor, Tensor]] = []
     try:
         for tensor in {id(one): one for one in (*model.parameters(), *model.buffers())}.values():
             if tensor.is_floating_point():
-                with suppress(RuntimeError):  # a tensor made in inference mode stays
+                with suppress(RuntimeError):  # a tensor created in inference mode stays
                     values, away = tensor.data, torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device)
                     tensor.data = away.expand(tensor.shape)
                     own.append((tensor, values))
@@ -327,7 +328,7 @@ def _moved_away(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _restored(model: nn.Module, parameters: bool) -> Iterator[None]:
-    """Restore buffers, `parameters` and the random generators after the block."""
+    """Restore buffers, parameters if `parameters`, and the random generators after the block."""
     held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     tensors = [*model.buffers(), *(model.parameters() if parameters else ())]
     before = [(tensor, tensor._version if not tensor.is_inference() else None, tensor.detach().clone()) for tensor in tensors]
@@ -344,7 +345,7 @@ def _restored(model: nn.Module, parameters: bool) -> Iterator[None]:
 
 
 def own_functions(model: nn.Module) -> list[str]:
-    """Name the hooks of the network's modules, their replaced `forward`s, and other attributes that close over something."""
+    """Return the names of the modules' hooks, replaced `forward`s, and other attributes that close over something."""
     names = []
     for name, module in model.named_modules():
         where = name or "the network"
@@ -357,7 +358,7 @@ def own_functions(model: nn.Module) -> list[str]:
 
 
 def _unfaithful(model: nn.Module, example: Batch, suspects: Sequence[str]) -> str:
-    """Say what of the original its copy calls, or that its outputs are others."""
+    """Return an error message that says what the copy calls in the original, or that its outputs differ."""
     names, called = {id(module): name for name, module in model.named_modules()}, dict[str, None]()
     handle = register_module_forward_pre_hook(lambda module, args: called.update({names[id(module)]: None} if id(module) in names else {}))
     try:

@@ -1,6 +1,6 @@
-"""Count what a layer costs at a precision: bits, bytes of the file, BOPs. `budget.py` makes the quantities of a budget from these counts.
+"""Count the cost of a layer at a precision: bits, bytes of the file, BOPs. `budget.py` turns these counts into the quantities of a budget.
 
-Everything here is exact: `file_size` of a scheme is the size of the file that is written.
+All counts are exact: `file_size` of a scheme is the size of the file on disk.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ from anybit.numerics.packing import PACKED_METADATA, PackedLayer, TensorSpec, fi
 from anybit.scheme import FLOAT_BITS, Precision, Scheme
 
 HEADER_SLACK = 64
-"""Bytes of a file's header, at most, that depend on the choice (digits of offsets and shapes); reserved when bytes are limited."""
+"""Most bytes of a file's header that depend on the choice (digits of offsets and shapes); reserved when bytes are limited."""
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Weight as rows x columns, multiply-accumulates of one sample, and how many activations it reads (two of a matmul)."""
+    """A layer's weight as rows x columns, multiply-accumulates of one sample, and number of activation operands (two for a matmul)."""
 
     rows: int
     columns: int
@@ -41,11 +41,11 @@ class CostModel:
     """Costs of every scheme of one prepared model.
 
     layers       name -> LayerSize, in the scheme's order
-    leftover     float32 numbers of the state dict that are no covered weight (biases, norms, uncovered layers)
+    leftover     float32 numbers of the state dict outside of covered weights (biases, norms, uncovered layers)
     others       entries of another type, stored under their own keys
     edges        number of stored edge ranges
-    float_bytes  of the float32 weights' file
-    latency      measured on this machine, where it was
+    float_bytes  size of the float32 weights' file
+    latency      measured on this machine, or None
     """
 
     layers: Mapping[str, LayerSize]
@@ -57,9 +57,10 @@ class CostModel:
 
     @classmethod
     def of(cls, prepared: nn.Module, names: list[str], wiring: Wiring | None, edges: int, float_model: nn.Module) -> "CostModel":
-        """Measure `prepared`, whose layers `names` have slots; `wiring` gives the shapes, `float_model` the size to compare with.
+        """Count the costs of `prepared`, whose layers `names` have slots; `wiring` gives the shapes, `float_model` the size to compare
+        with.
 
-        Without a wiring nothing is known of multiply-accumulates: they count 0.
+        Without a wiring, multiply-accumulates are unknown and count 0.
         """
         layers = {}
         for name in names:
@@ -67,29 +68,29 @@ class CostModel:
             macs = macs_per_sample(layer, name, wiring) if wiring else 0
             layers[name] = LayerSize(*rows_shape(layer), macs, type_of(layer).operands)
         float32 = [name for name in names if float_weight(prepared.get_submodule(name)).dtype == torch.float32]
-        leftover, others = leftovers(prepared, float32)  # a weight of another type is kept, under its own key
+        leftover, others = leftovers(prepared, float32)  # a weight of another type is stored under its own key
         numbers = sum(tensor.numel() for tensor in leftover.values())
         stored = {key: spec_of(t) for key, t in others.items()}
-        layout([], edges, numbers, stored)  # names that a file cannot hold are refused
+        layout([], edges, numbers, stored)  # raises for names that a file cannot hold
         float_state = {key: TensorSpec(STORED_TYPES[t.dtype], tuple(t.shape)) for key, t in float_model.state_dict().items()}
         return cls(layers, numbers, stored, edges, file_bytes(float_state))
 
     def weight_bits(self, scheme: Scheme) -> float:
-        """Return mean stored bits of a weight."""
+        """Return the mean stored bits per weight."""
         total = sum(self.layers[name].weights for name in scheme)
         return sum(self.layers[name].weights * precision.stored_weight_bits for name, precision in scheme.items()) / total
 
     def bops(self, scheme: Scheme) -> int:
-        """Bit operations of one sample."""
+        """Return the bit operations of one sample."""
         return sum(self.layer_bops(name, precision) for name, precision in scheme.items())
 
     def layer_bops(self, name: str, precision: Precision) -> int:
-        """Multiply-accumulates times weight bits times activation bits; of a matmul, times the bits of either operand."""
+        """Return multiply-accumulates times weight bits times activation bits; for a matmul, times the bits of both operands."""
         size, activation_bits = self.layers[name], precision.activation_bits or FLOAT_BITS
         return size.macs * (activation_bits if size.operands == 2 else precision.stored_weight_bits) * activation_bits
 
     def layer_bytes(self, name: str, precision: Precision) -> int:
-        """Return bytes that the layer's weight and quantizers add to the file, its share of the header aside."""
+        """Return the bytes that the layer's weight and quantizers add to the file, except for the header."""
         size = self.layers[name]
         inputs = 5 * size.operands if precision.activation_bits else 0
         if precision.weight_bits is None:
@@ -97,7 +98,7 @@ class CostModel:
         return packed_bytes(size.weights, precision.weight_bits) + (4 * size.rows if precision.weight_bits else 0) + inputs
 
     def file_size(self, scheme: Scheme) -> int:
-        """Exact bytes of model.safetensors."""
+        """Return the exact bytes of model.safetensors."""
         stored = [
             PackedLayer(size.rows, size.columns, precision.weight_bits, size.operands * bool(precision.activation_bits))
             for name, precision in scheme.items()
@@ -111,20 +112,20 @@ class CostModel:
         return file_bytes(layout(stored, self.edges, self.leftover + float_layers, self.others), PACKED_METADATA)
 
     def overhead(self, scheme: Scheme) -> int:
-        """Return bytes of the file that no choice of bits changes, a few bytes of header aside."""
+        """Return the bytes of the file that no choice of bits changes, up to a few bytes of header."""
         return self.file_size(scheme) - sum(self.layer_bytes(name, precision) for name, precision in scheme.items())
 
     def fixed_bytes(self, choices: Mapping[str, Sequence[Precision]]) -> int:
-        """Return bytes of the file that no choice of bits changes, up to `HEADER_SLACK` of the header aside."""
+        """Return the bytes of the file that no choice of bits changes, up to `HEADER_SLACK` of header."""
         most = {name: max(choices[name], key=lambda p: (bool(p.weight_bits), bool(p.activation_bits))) for name in choices}
         return self.overhead(Scheme(most))
 
     def reserved_bytes(self, choices: Mapping[str, Sequence[Precision]]) -> int:
-        """`fixed_bytes`, and room for the header that depends on the choice."""
+        """Return `fixed_bytes` plus room for the part of the header that depends on the choice."""
         return self.fixed_bytes(choices) + HEADER_SLACK
 
     def summary(self, scheme: Scheme) -> dict:
-        """Count every quantity of one scheme, for a report."""
+        """Return every quantity of one scheme, for a report."""
         return {cost.report_key: cost.total(self, scheme) for cost in cost_quantities() if cost.is_known(self)}
 
 

@@ -1,4 +1,4 @@
-"""Edges: the ranges of the tensors between layers, and the canonical model that rounds those which a runtime holds as codes."""
+"""Edges: the ranges of the tensors between layers, and the canonical model that rounds those that a runtime holds as codes."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,19 +19,19 @@ from anybit.numerics.quantizers import UniformQuantizer
 from anybit.numerics.ranges import range_ends
 
 Ends = Mapping[str, tuple[float, float]]
-"""Edge -> (low, high), float32 numbers."""
+"""Edge -> (low, high), float32."""
 
 SEARCHED = 2**13
-"""Values of an edge on which its range is searched for."""
+"""Number of values of an edge on which its range is searched."""
 
 LARGEST_BIAS = 2**30
-"""An int32 bias leaves as much room again for the sum that it joins."""
+"""Headroom in an int32 bias for the sum that it joins."""
 SMALLEST_SCALE = 1e-30
-"""Below it a range is as good as empty, and its quotients leave float32."""
+"""Narrower ranges count as empty, because their quotients overflow float32."""
 
 
 def edge_grid(low: float, high: float) -> Grid:
-    """Return (scale, a float32; zero point) of the 8 bits of an edge that reaches from `low` to `high`, 0 included."""
+    """Return (scale, float32; zero point) of an 8-bit edge from `low` to `high`, extended to include 0."""
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     scale = float(np.float32((high - low) / 255))
     scale = scale if scale > SMALLEST_SCALE else 1.0
@@ -39,15 +39,15 @@ def edge_grid(low: float, high: float) -> Grid:
 
 
 def edge_grids(ends: Ends, names: Iterable[str]) -> dict[str, Grid]:
-    """Return the grids of those of the edges `names` whose ends are known."""
+    """Return the grids of those of the edges `names` whose ranges are known."""
     return {name: edge_grid(*ends[name]) for name in names if name in ends}
 
 
 @torch.no_grad()
 def with_edges(model: nn.Module, wiring: Wiring, ends: Ends, tables: bool = False) -> nn.Module:
-    """Let canonical `model` round its edges as the exported file does, in place; returns it.
+    """Let canonical `model` round its edges as the exported file does, in place, and return it.
 
-    Layers of 8 bits that read an edge read its codes: its grid becomes theirs. Biases of integer layers become those of the file.
+    An 8-bit layer that reads an edge adopts its grid. Biases of integer layers become those of the file.
     """
     layers = quantized_layers(model)
     scheme = scheme_of(model)
@@ -64,7 +64,7 @@ def with_edges(model: nn.Module, wiring: Wiring, ends: Ends, tables: bool = Fals
 
 
 def _round_bias(layer: nn.Module) -> None:
-    """Round the bias of an integer layer as kernels hold it, in place: in units of the input's scale times each channel's."""
+    """Round the bias of an integer layer as kernels store it, in place: in units of the input's scale times each channel's."""
     bias, weights, inputs = float_bias(layer), layer.weight_quantizer, layer.input_quantizer
     if bias is None or not isinstance(weights, UniformQuantizer) or not isinstance(inputs, UniformQuantizer):
         return
@@ -74,7 +74,7 @@ def _round_bias(layer: nn.Module) -> None:
 
 
 def read_codes(scale: Tensor, zero_point: Tensor, read: Sequence[str | None], grids: Mapping[str, Grid]) -> None:
-    """Make the grids of the edges that a layer of 8 bits reads its own, in place: one for each operand, None where it reads none."""
+    """Give an 8-bit layer the grids of the edges that it reads, in place: one per operand, None if it reads none."""
     for operand, edge in enumerate(read):
         if edge is not None and edge in grids:
             scale.view(-1)[operand], zero_point.view(-1)[operand] = grids[edge]
@@ -83,10 +83,10 @@ def read_codes(scale: Tensor, zero_point: Tensor, read: Sequence[str | None], gr
 def observe_edge_ranges(
     model: nn.Module, wiring: Wiring, batches: Sequence[Batch], chunk_size: int = 8, searched: Collection[str] = (), seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Return (low, high) of every edge of the model over `batches`, `chunk_size` samples at once; its own edges are not rounded.
+    """Return (low, high) of every edge of the model over `batches`, `chunk_size` samples at a time; edges are not rounded meanwhile.
 
-    Infinite values, which masks put where nothing is to be read, have no code and are left out.
-    searched  edges whose ends are those of the least squared error of 8 bits; of others they are the least and the largest value
+    Infinite values, which masks write where nothing is to be read, have no code and are ignored.
+    searched  edges whose range minimizes the squared error at 8 bits; the range of others is (minimum, maximum)
     """
     names, pairs = set(wiring.edges()), _token_pairs(model, wiring)
     ends: dict[str, tuple[float, float]] = {}
@@ -115,7 +115,7 @@ def observe_edge_ranges(
 
 
 def _widened(ends: tuple[float, float] | None, tensor: Tensor) -> tuple[float, float]:
-    """Return the ends over `tensor` too."""
+    """Return the range extended to `tensor`."""
     if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
         tensor = tensor[tensor.isfinite()]
     if not tensor.numel():
@@ -125,7 +125,7 @@ def _widened(ends: tuple[float, float] | None, tensor: Tensor) -> tuple[float, f
 
 
 def finished(canonical: Canonical, wiring: Wiring, batches: Sequence[Batch]) -> Canonical:
-    """Return the canonical form with its edges observed on `batches` and rounded."""
+    """Return the canonical form with the ranges of its edges observed on `batches`, and these rounded."""
     layers, scheme = quantized_layers(canonical.model), canonical.scheme
     searched = rounded_edges(wiring, layers, scheme).names
     ends = observe_edge_ranges(canonical.model, wiring, batches, searched=searched)
@@ -133,13 +133,13 @@ def finished(canonical: Canonical, wiring: Wiring, batches: Sequence[Batch]) -> 
 
 
 def as_ranges(record: Mapping[str, Any], wiring: Wiring) -> dict[str, tuple[float, float]]:
-    """Return a stored record of edge ranges, in the order of the wiring."""
+    """Return stored edge ranges, in the order of the wiring."""
     return {name: (float(record[name][0]), float(record[name][1])) for name in wiring.edges()}
 
 
 def _token_pairs(model: nn.Module, wiring: Wiring) -> set[str]:
-    """Names of the tensors with a number for each pair of tokens, [N, heads, T, T]: products of queries and keys, and what functions make
-    of them. Where one of the pair is padding, a mask has put a huge number."""
+    """Return the names of tensors with a number for each pair of tokens, [N, heads, T, T]: products of queries and keys, and functions of
+    them. Masks write huge numbers where one of the pair is padding."""
     names: set[str] = set()
     values: set[int] = set()
     for op in wiring.operations:
@@ -151,7 +151,7 @@ def _token_pairs(model: nn.Module, wiring: Wiring) -> set[str]:
 
 
 def _unpadded_pairs(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Return the numbers of `tensor` [N, ..., T, T] that are of two real tokens; all of a tensor of another shape."""
+    """Return the numbers of `tensor` [N, ..., T, T] for pairs of two real tokens; all numbers of a tensor of another shape."""
     count, length = mask.shape
     if tensor.dim() < 3 or tensor.shape[0] != count or tensor.shape[-2:] != (length, length):
         return tensor

@@ -1,8 +1,8 @@
-"""A network's outputs on inputs drawn at random, kept with a run: whether a network at hand is the one that the run was made from.
+"""A network's outputs on random inputs, stored with a run, to tell whether a network is the one that the run was made from.
 
-What a state dict does not hold (buffers that are not persistent, plain attributes, the code itself) is in no file of a run, and shows here.
-Inputs are drawn in the shapes and ranges of the run's own, of which nothing else is kept; activations are not quantized, so that what
-another machine rounds differently stays small.
+A run's files do not contain everything that the network computes with: buffers that are not persistent, plain attributes and the code
+itself are missing, but they show in the outputs. Inputs have the shapes and ranges of the run's own inputs, of which nothing else is
+stored. Activations are not quantized, so that rounding differences between machines stay small.
 """
 
 import copy
@@ -22,17 +22,17 @@ from anybit.networks.layers import quantized_layers
 from anybit.networks.wiring import plainly
 
 TOLERANCE = 1e-3
-"""Of the outputs' root mean square: above what machines differ by, below what another network does."""
+"""Relative to the outputs' root mean square: above differences between machines, below those of another network."""
 NUMBERS, OUTPUTS, VALUES = 2**20, 16, 64
-"""At most so many numbers are drawn as inputs, and so many values kept of each of so many outputs."""
+"""At most this many numbers are drawn as inputs, and at most this many values of this many outputs are stored."""
 STEP = 2.0**-5
-"""Of drawn numbers, in standard deviations: they are kept as int8 codes."""
+"""Range of drawn numbers in standard deviations; they are stored as int8 codes."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`structure` of the inputs, as JSON holds it, with the numbers of `inputs` in it; `outputs` of the canonical model, and of the
-    `float` network: values [VALUES] at most of each output, evenly spaced."""
+    """`structure` of the inputs as JSON, which refers to the tensors in `inputs`; `outputs` of the canonical model and of the `float`
+    network: at most [VALUES] of each output, evenly spaced."""
 
     structure: Any
     inputs: list[Tensor]
@@ -41,10 +41,10 @@ class Fingerprint:
 
 
 def fingerprint_of(model: nn.Module, batch: Batch, float_model: nn.Module | None = None) -> Fingerprint | None:
-    """Return the fingerprint of a canonical model and the float network that it is of; `batch` is an example of their inputs.
+    """Return the fingerprint of a canonical model and its float network; `batch` is an example of their inputs.
 
-    None where inputs cannot be drawn like these: the network refuses them, or its outputs on them jump (a detector's boxes after
-    suppression), so that two machines might not agree.
+    None if no such inputs can be drawn: the network rejects them, or its outputs jump (a detector's boxes after suppression), so that two
+    machines might disagree.
     """
     drawn: list[Tensor] = []
     try:
@@ -56,7 +56,7 @@ def fingerprint_of(model: nn.Module, batch: Batch, float_model: nn.Module | None
         outputs = _outputs(model, inputs)
         floats = [] if float_model is None else _outputs(float_model, inputs)
         nudged = _outputs(model, inputs_of(structure, drawn, nudge=1e-5))
-    except Exception:  # whatever the network's own code raises
+    except Exception:  # the network's own code may raise any error
         return None
     if not outputs or not all(torch.isfinite(values).all() for values in (*outputs, *floats)):
         return None
@@ -64,12 +64,12 @@ def fingerprint_of(model: nn.Module, batch: Batch, float_model: nn.Module | None
 
 
 def outputs_on(model: nn.Module, fingerprint: Fingerprint) -> list[Tensor]:
-    """Return the values of a network's outputs on the fingerprint's inputs."""
+    """Return some values of a network's outputs on the fingerprint's inputs."""
     return _outputs(model, inputs_of(fingerprint.structure, fingerprint.inputs))
 
 
 def distance(outputs: list[Tensor], expected: list[Tensor]) -> float:
-    """Return the largest difference of any two values, in root mean squares of the output that is expected; infinite of other shapes."""
+    """Return the largest difference of two values, relative to the expected output's root mean square; infinity if shapes differ."""
     if [len(values) for values in outputs] != [len(values) for values in expected]:
         return torch.inf
     largest = 0.0
@@ -85,7 +85,7 @@ def _numbers(batch: Batch) -> int:
 
 
 def _drawn(value: Any, drawn: list[Tensor], generator: torch.Generator) -> Any:
-    """Draw numbers like those in `value` into `drawn`; returns the structure that holds them. Raises TypeError of any other value."""
+    """Draw numbers like those in `value` into `drawn`; returns the structure around them. Raises TypeError for any other value."""
     if isinstance(value, Tensor):
         drawn.append(_codes(value, generator))
         place: dict[str, Any] = {"tensor": len(drawn) - 1, "type": str(value.dtype).removeprefix("torch.")}
@@ -103,7 +103,7 @@ def _drawn(value: Any, drawn: list[Tensor], generator: torch.Generator) -> Any:
 
 
 def _codes(like: Tensor, generator: torch.Generator) -> Tensor:
-    """int8 codes for floats; whole numbers between the least and the largest there, where these are more than a mask."""
+    """Return int8 codes for floats; for integers, numbers between their minimum and maximum, unless they are a mask."""
     if like.is_floating_point():
         return torch.randn(like.shape, generator=generator).div(STEP).round().clamp(-127, 127).to(torch.int8)
     if like.is_complex():
@@ -115,7 +115,7 @@ def _codes(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def inputs_of(structure: Any, drawn: Sequence[Tensor], nudge: float = 0.0) -> Any:
-    """Return inputs for the network. `nudge` changes floats by this share of themselves. Raises InvalidFile for a malformed structure."""
+    """Return inputs for the network. `nudge` changes floats by this relative amount. Raises InvalidFile for a malformed structure."""
     return _placed(structure, dict(enumerate(drawn)), nudge)
 
 
@@ -172,7 +172,7 @@ def _floats_read(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _buffers_restored(model: nn.Module) -> Iterator[None]:
-    """Put buffers that a pass changes back."""
+    """Restore buffers after the block."""
     before = [(module, dict(module._buffers)) for module in model.modules()]
     for module, buffers in before:
         module._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})

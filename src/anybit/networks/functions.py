@@ -1,8 +1,8 @@
-"""Functions that a module's forward calls, computed by layers in their place: `F.linear` on a parameter, `@`, attention.
+"""Functions called in a module's forward, computed by layers in their place: `F.linear` on a parameter, `@`, attention.
 
-A module whose calls are so computed is swapped for a subclass of its own class, which runs the same forward under a mode that sees every
-function called in it. The calls are told apart by their order. What does not change with the input, a weight, is in the layer; what the
-forward passes for it is not read.
+A module with such calls is swapped for a subclass of its own class, which runs the same forward under a mode that sees every function
+called in it. Calls are identified by their order. The layer holds the part that does not depend on the input, a weight; the tensor that
+the forward passes for it is ignored.
 """
 
 import sys
@@ -34,7 +34,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "einsum": ("equation", "input", "other"),
     "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
 }
-"""The functions that layers compute, by their bare names -> the names of their positional arguments."""
+"""Functions that layers compute, by bare name -> names of their positional arguments."""
 
 ATTENTION = "scaled_dot_product_attention"
 PRODUCTS: dict[str, tuple[str, str]] = {
@@ -45,16 +45,16 @@ PRODUCTS: dict[str, tuple[str, str]] = {
     "baddbmm": ("batch1", "batch2"),
     "einsum": ("input", "other"),
 }
-"""Products of two tensors, either of which may be a weight -> the names of the two."""
+"""Products of two tensors, either of which may be a weight -> names of the two."""
 
 
 @dataclass(frozen=True)
 class FunctionCall:
     """A call of a function.
 
-    layers       that compute it: paths from the module that calls it; "" for that module's own weight; none if it stays
-    weight       which operand of a product the layer's weight is; None of a product of two activations
-    batch_second whether samples run along the second dimension of what a linear reads
+    layers       that compute it: paths from the calling module; "" for that module's own weight; empty if the function stays
+    weight       which operand of a product is the layer's weight; None for a product of two activations
+    batch_second whether samples are the second dimension of a linear's input
     """
 
     function: str
@@ -76,7 +76,7 @@ def bare_name(func: Any) -> str:
 
 
 def running_module() -> nn.Module | None:
-    """Return the innermost module whose forward is running; None outside of any."""
+    """Return the innermost module whose forward is running, or None."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _CALL:
@@ -89,12 +89,12 @@ _CALL = nn.Module._call_impl.__code__
 
 
 SEEN_THROUGH = {F.multi_head_attention_forward.__name__: F.multi_head_attention_forward}
-"""Functions made of others, by their names: a mode sees each as one."""
+"""Composite functions by name: a mode sees each as one call."""
 
 
 @cache
 def seen_through(func: Any) -> Any:
-    """Return such a function so that a mode sees the functions that it is made of; None for all else."""
+    """Return a composite function decomposed, so that a mode sees the functions that it calls; None for any other function."""
     if func not in SEEN_THROUGH.values():
         return None
     names = {**func.__globals__, "has_torch_function": lambda tensors: False}
@@ -104,7 +104,7 @@ def seen_through(func: Any) -> Any:
 
 
 class CallsLayers(nn.Module):
-    """Mixin of a module whose calls of functions are computed by layers: `function_calls`, in the order of the forward."""
+    """Mixin of a module whose function calls are computed by layers: `function_calls`, in the order of the forward."""
 
     function_calls: tuple[FunctionCall, ...]
 
@@ -117,7 +117,7 @@ _CALLING: dict[type[nn.Module], type[CallsLayers]] = {}
 
 
 def call_layers(module: nn.Module, calls: Sequence[FunctionCall]) -> None:
-    """Let layers compute the functions that the module calls, in place; its class goes by the same name."""
+    """Let layers compute the functions that the module calls, in place; its class keeps its name."""
     cls = type(module)
     if cls not in _CALLING:
         pickled: dict[str, Any] = {"__reduce__": lambda self: (_new, (cls,), self.__dict__)}  # its class is found through the float one
@@ -134,7 +134,7 @@ def _new(cls: type[nn.Module]) -> nn.Module:
 
 
 class _Computing(TorchFunctionMode):
-    """Lets layers compute the functions that one pass of a module calls itself; those that modules inside of it call are theirs."""
+    """Lets layers compute the functions that a module itself calls in one pass, not those that its submodules call."""
 
     def __init__(self, module: CallsLayers):
         super().__init__()
@@ -156,8 +156,8 @@ def _next(calls: Iterator[FunctionCall], module: nn.Module, name: str) -> Functi
     if call is None or call.function != name:
         expected = "no more" if call is None else call.function
         raise UnsupportedModel(
-            f"{type(module).__name__} calls {name} where it called {expected} on the first inputs: it chooses by its inputs. Let it call "
-            "layers instead: nn.Linear, anybit.Matmul."
+            f"{type(module).__name__} calls {name} where it called {expected} on the first inputs: its forward depends on "
+            "its inputs. Let it call layers instead: nn.Linear, anybit.Matmul."
         )
     return call
 
@@ -173,7 +173,7 @@ def _compute(module: nn.Module, call: FunctionCall, arguments: dict[str, Any]) -
         return layers[0](x.transpose(0, 1)).transpose(0, 1).contiguous() if call.batch_second else layers[0](x)
     left, right = operands = [arguments[name] for name in PRODUCTS[call.function]]
     of = contraction(arguments.get("equation"), left.dim(), right.dim())
-    assert of is not None, "what is no contraction stays a function"
+    assert of is not None, "anything but a contraction stays a function"
     if call.weight is not None:
         result = weighted(of, operands, call.weight, layers)
     else:
@@ -194,7 +194,7 @@ def _attention(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    """Compute what scaled_dot_product_attention does, by its own names of arguments."""
+    """Compute scaled_dot_product_attention, under its own argument names."""
     scores, mixture = layers
     assert isinstance(scores, Matmul) and isinstance(mixture, Matmul)
     return attend(

@@ -1,13 +1,13 @@
-"""Which tensors an integer runtime holds as codes of 8 bits: the one rule that the simulation and the exported file follow.
+"""The rule for which tensors an integer runtime holds as 8-bit codes, shared by the simulation and the exported file.
 
-    a layer's input            is rounded by the layer's own quantizer, where nothing else reads the tensor
-    a tensor that others read  is one edge of 8 bits, where an integer operator makes it or joins it; a layer of fewer bits rounds again
-                               after it, one of 8 bits reads the edge's codes
-    what only moves numbers    (reshape, transpose, maximum pool, slice) shares the codes of what it reads
-    what only clamps           (ReLU, ReLU6) is a bound on the codes: rounding is monotonic, so clamping before or after it is the same
+    a layer's input            is rounded by the layer's own quantizer if nothing else reads the tensor
+    a tensor with more readers is one 8-bit edge if an integer operator computes or joins it; a layer of fewer bits rounds it again, an
+                               8-bit layer reads the edge's codes
+    moving numbers             (reshape, transpose, maximum pool, slice) keeps the codes of the input
+    a clamp                    (ReLU, ReLU6) bounds the codes: rounding is monotonic, so clamping before or after it is the same
     a function of one tensor   (SiLU, GELU, hard-swish, x + 1) is computed in float between quantizers
 
-The network's outputs stay float where the layer before them gives floats without being slower (a linear), and no edge stands between two
+The network's outputs stay float if the layer before them returns floats without being slower (a linear), and no edge lies between two
 operators that both compute in float.
 """
 
@@ -23,7 +23,7 @@ from anybit.scheme import Precision, Scheme
 
 POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "mean"}
 JOINT = {"add", "mul", "cat", "concat", "concatenate"} | POOLS
-"""Functions that runtimes compute on integers."""
+"""Functions for which runtimes have integer kernels."""
 ELEMENTWISE = set(ACTIVATIONS) | {
     "add", "sub", "rsub", "mul", "div", "rdiv", "truediv", "rtruediv", "true_divide", "divide", "multiply", "subtract", "pow", "square",
     "sqrt", "rsqrt", "exp", "log", "abs", "neg", "min", "max", "minimum", "maximum", "reciprocal", "floor", "ceil", "round", "erf", "selu",
@@ -42,16 +42,16 @@ class RoundedEdges:
 
 
 def computes_on_integers(layer: nn.Module, precision: Precision) -> bool:
-    """Return whether runtimes have an integer kernel for the layer at a precision."""
+    """Return whether runtimes have an integer kernel for the layer at this precision."""
     kind = type_of(layer)
     has_codes = precision.weight_bits is not None or not kind.has_weights
     return kind.integer and precision.activation_bits is not None and has_codes and getattr(layer, "weight_group", None) is None
 
 
 def rounded_edges(wiring: Wiring, layers: Mapping[str, nn.Module], scheme: Scheme, tables: bool = False) -> RoundedEdges:
-    """Return the edges that are rounded where `layers`, by name, have the precisions of `scheme`.
+    """Return the edges that are rounded when `layers`, by name, have the precisions of `scheme`.
 
-    tables  if functions of one tensor are computed as tables of codes
+    tables  whether functions of one tensor are computed as tables of codes
     """
     rule = _Rule(
         wiring, {name: layers[name] for name, precision in scheme.items() if computes_on_integers(layers[name], precision)}, tables
@@ -63,18 +63,18 @@ def rounded_edges(wiring: Wiring, layers: Mapping[str, nn.Module], scheme: Schem
         if op.kind != LAYER or op.name not in scheme or scheme[op.name].activation_bits is None:
             continue
         read = tuple(name if (name := rule.names[rule.root[value]]) in names else None for value in op.inputs)
-        if len(read) != type_of(layers[op.name]).operands or reads.get(op.name, read) != read:  # one grid serves no calls on several edges
+        if len(read) != type_of(layers[op.name]).operands or reads.get(op.name, read) != read:  # one grid serves one edge
             read = (None,) * type_of(layers[op.name]).operands
         reads[op.name] = read
     return RoundedEdges(tuple(name for name in recorded if name in names), reads)
 
 
 class _Rule:
-    """Answer what the rule asks of a wiring; operations are named by their index in it, values by their number.
+    """Apply the rule to a wiring; operations are named by their index in it, values by their number.
 
     integer layers that compute on integers, by name
-    root    value -> the value whose codes it shares;   groups  root -> all that share its codes
-    names   root -> the name of the operation that makes it, or of the network's input
+    root    value -> the value whose codes it shares;   groups  root -> all values that share its codes
+    names   root -> the name of the operation that computes it, or of the network's input
     """
 
     def __init__(self, wiring: Wiring, integer: Mapping[str, nn.Module], tables: bool):
@@ -115,8 +115,8 @@ class _Rule:
         if not (reads or joined or tabled or computed is not None) or (is_output and not readers and computed not in self.gives_codes):
             return False
         if reads and not (joined or tabled) and computed is None and reads + others > 1:
-            return False  # each layer rounds the floats by itself
-        return reads != 1 or others or is_output  # the one layer that reads it rounds it by itself
+            return False  # each layer rounds the floats itself
+        return reads != 1 or others or is_output  # its only reader rounds it itself
 
     def _is_member(self, at: int, root: int) -> bool:
         return any(self.root[value] == root for value in self.ops[at].outputs)
@@ -131,7 +131,8 @@ class _Rule:
         return alone and self._clamps(readers[0])
 
     def _computed(self, root: int) -> int | None:
-        """Return the operation that makes the value, if only a quantizer after it lets it compute on integers (a linear needs none)."""
+        """Return the operation that computes the value, if it can compute on integers only with a quantizer after it (a linear needs
+        none)."""
         maker = self.maker.get(root)
         while maker is not None and self._clamps(maker):
             maker = self.maker.get(self.ops[maker].inputs[0])
@@ -140,22 +141,22 @@ class _Rule:
         return maker if maker in self.gives_codes or self._joins(maker) or self.ops[maker].outputs[0] in self.tables else None
 
     def _joins(self, at: int) -> bool:
-        """Return whether the operation is computed on integers, as a sum, product, concatenation or mean of what convolutions made."""
+        """Return whether the operation is computed on integers: a sum, product, concatenation or mean of convolutions' outputs."""
         op = self.ops[at]
         on_integers = at in self.touching and at in self.reaching and at in self.convolved and op.kind in JOINT and self._on_codes(at)
         if not on_integers or op.outputs[0] in self.base or op.constants:
             return False
-        return self._pools_pictures(op) if op.kind in POOLS else len(op.inputs) > 1
+        return self._pools_images(op) if op.kind in POOLS else len(op.inputs) > 1
 
-    def _pools_pictures(self, op: Operation) -> bool:
+    def _pools_images(self, op: Operation) -> bool:
         if op.kind.startswith("avg_pool"):
             return True
         shape = self._shape(op.inputs[0])
         return shape is not None and len(shape) == 4 and op.shape in (shape[:2], (*shape[:2], 1, 1))
 
     def _on_codes(self, at: int) -> bool:
-        """Return whether a sum or product is one to compute on integers: not the one that masks a softmax, whose huge numbers leave no
-        codes for others, and not that of a norm with its factor for each row."""
+        """Return whether a sum or product can be computed on integers: not one that masks a softmax, whose huge numbers leave no codes for
+        others, nor the factor per row of a norm."""
         op = self.ops[at]
         sizes = {shape[-1] for value in op.inputs if (shape := self._shape(value)) is not None and len(shape) == 3}
         factors = op.kind == "mul" and len(sizes) > 1 and 1 in sizes
@@ -167,7 +168,7 @@ class _Rule:
 
     @cached_property
     def touching(self) -> set[int]:
-        """The operations that are connected to an integer layer through others that runtimes compute on integers."""
+        """Return the operations that are connected to an integer layer through others with integer kernels."""
         reached: set[int] = set()
         ahead = list(self.integer)
         while ahead:
@@ -181,7 +182,7 @@ class _Rule:
         return reached
 
     def _functions(self) -> dict[int, int]:
-        """Return value -> the value that it is an elementwise function of, except clamps."""
+        """Return value -> the value of which it is an elementwise function, except clamps."""
         base: dict[int, int] = {}
         for at, op in enumerate(self.ops):
             bases = {base.get(value, value) for value in op.inputs}
@@ -199,8 +200,8 @@ class _Rule:
         return self.ops[at].moves or self.ops[at].clamps or self.ops[at].outputs[0] in self.base
 
     def _reaching(self) -> set[int]:
-        """Return the operations whose numbers reach an integer layer, a pool or the outputs, through nothing but what runtimes compute on
-        integers. A sum that only a norm reads is none: on integers it would be rounded for nothing."""
+        """Return the operations whose numbers reach an integer layer, a pool or the outputs through operations with integer kernels only. A
+        sum that only a norm reads is not one: rounding it on integers would gain nothing."""
         reaching: set[int] = set()
         for at in reversed(range(len(self.ops))):
             outputs = self.ops[at].outputs
@@ -215,8 +216,8 @@ class _Rule:
         return at in reaching and (self._passes(at) or (self.ops[at].kind in JOINT and self._on_codes(at)))
 
     def _convolved(self) -> set[int]:
-        """Return the operations that compute on integers what convolutions made: a linear gives floats without being slower, a convolution
-        does not."""
+        """Return the operations that compute on integers from convolutions' outputs: a linear returns floats without being slower, a
+        convolution does not."""
         convolved: set[int] = set()
         for at, op in enumerate(self.ops):
             passes = op.kind != LAYER and (self._passes(at) or op.kind in JOINT)

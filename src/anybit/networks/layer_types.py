@@ -13,19 +13,19 @@ from anybit.networks.recurrent import RecurrentWeight
 
 @dataclass(frozen=True)
 class LayerType:
-    """A layer whose weight is [channels, fan-in, ...] and whose output has its channels second: a convolution, unless a subclass says else.
+    """A layer with weight [channels, fan-in, ...] whose output has its channels second: a convolution, unless a subclass overrides it.
 
-    classes        of the layers; a class of the user's own that inherits from one is of its type
-    operands       activations that it reads; a quantizer of inputs has a range for each
+    classes        of the layers, and of all layers that inherit from them
+    operands       number of activations that it reads; an input quantizer has a range for each
     has_weights    else it computes with activations alone
-    reads_numbers  whether its input is an activation, and not an index
-    sums           whether an output is a weighted sum of inputs, so that rounding one weight can make up for another's, and that a
-                   batch norm folds into the weights
-    integer        whether runtimes have a kernel of it on integers
-    gives_codes    whether that kernel gives codes alone, so that a quantizer must follow; others give floats where none does
-    grouped        whether its weight can have a scale for each so many inputs of a channel
+    reads_numbers  whether its input is an activation rather than an index
+    sums           whether an output is a weighted sum of inputs, so that rounding one weight can compensate for another, and a batch norm
+                   can fold into the weights
+    integer        whether runtimes have an integer kernel for it
+    gives_codes    whether that kernel only returns codes, so that a quantizer must follow; others return floats if none does
+    grouped        whether groups of inputs can have a weight scale each
     channels_last  whether the channels of its output are the last dimension, not the second
-    refusal        why a precision that its lacking operand would have is none, in words
+    refusal        error message for a precision with an operand that it lacks
     """
 
     classes: tuple[type[nn.Module], ...]
@@ -44,11 +44,11 @@ class LayerType:
         return weight.flatten(1)
 
     def weight(self, layer: nn.Module, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        """Lay out rows as a weight of this shape: the inverse of `rows`."""
+        """Lay out rows as a weight of this shape, the inverse of `rows`."""
         return rows.view(shape)
 
     def macs(self, weights: int, input_shape: Sequence[int], output_shape: Sequence[int], batch_size: int) -> int:
-        """Count multiply-accumulates of one sample, of a layer with so many weights that reads and makes tensors of these shapes."""
+        """Count multiply-accumulates of one sample, for a layer with this many weights and tensors of these shapes."""
         return weights * math.prod(output_shape[2:])
 
     def per_channel(self, values: Tensor, output: Tensor) -> Tensor:
@@ -83,21 +83,21 @@ def _groups(layer: nn.Module) -> int:
 
 
 class LinearLayer(LayerType):
-    """A weight [channels, fan-in], applied at every place but the last dimension's."""
+    """A weight [channels, fan-in], applied along the last dimension at every other place."""
 
     def macs(self, weights: int, input_shape: Sequence[int], output_shape: Sequence[int], batch_size: int) -> int:
         return weights * math.prod(output_shape[:-1]) // batch_size
 
 
 class Lookup(LayerType):
-    """A weight whose rows are looked up by number and never summed."""
+    """A weight whose rows are looked up by index and never summed."""
 
     def macs(self, weights: int, input_shape: Sequence[int], output_shape: Sequence[int], batch_size: int) -> int:
         return 0
 
 
 class RecurrentMatrix(LayerType):
-    """A matrix of a recurrent layer, which computes with it at every step of what it reads."""
+    """A matrix of a recurrent layer, applied at every step of its input."""
 
     def macs(self, weights: int, input_shape: Sequence[int], output_shape: Sequence[int], batch_size: int) -> int:
         return weights * math.prod(input_shape[:-1]) // batch_size
@@ -125,7 +125,7 @@ LAYER_TYPES: tuple[LayerType, ...] = (
         integer=False,
         grouped=True,
         channels_last=True,
-        refusal="is an embedding, whose input is no activation",
+        refusal="is an embedding, whose input is not an activation",
     ),
     RecurrentMatrix(
         (RecurrentWeight,),
@@ -150,9 +150,9 @@ _TYPES = {cls: layer_type for layer_type in LAYER_TYPES for cls in layer_type.cl
 
 
 def type_of(layer: nn.Module | type[nn.Module]) -> LayerType:
-    """Look up the type of a layer, or of a class of layers, by the nearest class that anybit covers."""
+    """Return the type of a layer, or of a class of layers, by its nearest supported base class."""
     cls = layer if isinstance(layer, type) else type(layer)
     covered = next((one for one in cls.__mro__ if one in _TYPES), None)
     if covered is None:
-        raise UnsupportedModel(f"{cls.__name__} is no layer that anybit covers: {', '.join(one.__name__ for one in COVERED)}.")
+        raise UnsupportedModel(f"{cls.__name__} is not a layer that anybit covers: {', '.join(one.__name__ for one in COVERED)}.")
     return _TYPES[covered]

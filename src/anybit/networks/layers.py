@@ -1,11 +1,11 @@
 """Layers with a slot for each operand, and the surgery that puts them into a copy of a model.
 
-A slot holds None (empty: the layer computes exactly what its float class does) or a module that maps the operand to its fake-quantized
-value. A layer is swapped by subclassing *its own* class, so a forward of the user's own keeps running, every state-dict key stays, and
-control flow is untouched: the subclass hands its forward a quantized input, and its `weight` attribute reads as the quantized weight.
+A slot is None (empty: the layer computes exactly as its float class does) or a module that maps the operand to its fake-quantized value. A
+layer is swapped by subclassing *its own* class, so that a custom forward keeps running, every state-dict key stays, and control flow is
+untouched: the subclass passes a quantized input to its forward, and its `weight` attribute returns the quantized weight.
 
-All weight quantizers see the weight as rows [output channels, fan-in], or [groups, group size] where a layer has a scale for each group
-of inputs; `weight_rows` and `from_rows` convert. A matmul has no weight, which is 0 x 0 here, and an input slot for both its operands.
+All weight quantizers see the weight as rows [output channels, fan-in], or [groups, group size] if each group of inputs has its own
+scale; `weight_rows` and `from_rows` convert. A matmul has no weight, which is 0 x 0 here, and one input slot for both operands.
 """
 
 import copy
@@ -33,11 +33,11 @@ class QuantizedLayer(nn.Module):
     bias: nn.Parameter | None
     weight_group: int | None = None
     own_forward: Callable[..., Tensor] | None = None
-    """The `forward` that this one object had in place of its class's."""
+    """The `forward` that this object had in place of its class's."""
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the layer computes with it: through the slot where one is filled."""
+        """Return the weight that the layer computes with: quantized if its slot is filled."""
         weight = self._parameters["weight"]
         assert weight is not None  # `prepare` refuses a computed one
         if self.weight_quantizer is None:
@@ -47,14 +47,14 @@ class QuantizedLayer(nn.Module):
     def forward(self, *args, **kwargs) -> Tensor:
         if self.input_quantizer is not None and args:
             args = (self.input_quantizer(args[0]), *args[1:])
-        elif self.input_quantizer is not None:  # a caller may name the input as the layer's own forward does
+        elif self.input_quantizer is not None:  # a caller may pass the input by keyword
             first = next(iter(kwargs))
             kwargs = {**kwargs, first: self.input_quantizer(kwargs[first])}
         return super().forward(*args, **kwargs) if self.own_forward is None else self.own_forward(*args, **kwargs)
 
 
 class QuantizedMatmul(QuantizedLayer, Matmul):
-    weight = None  # type: ignore[assignment]  # the one layer without a weight: all else reads a Tensor
+    weight = None  # type: ignore[assignment]  # the only layer without a weight
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         if self.input_quantizer is not None:
@@ -66,10 +66,10 @@ _SWAPPED: dict[type[nn.Module], type[QuantizedLayer]] = {Matmul: QuantizedMatmul
 
 
 def _swapped_class(cls: type[nn.Module]) -> type[QuantizedLayer]:
-    """Return the quantized subclass of `cls`, made on first use."""
+    """Return the quantized subclass of `cls`, created on first use."""
     if cls not in _SWAPPED:
         pickled = {"__reduce__": lambda self: (_new_swapped, (cls,), self.__dict__)}  # its class is found through the float one
-        # One of torch's own is not said to be of torch: what torch knows of its modules does not hold of it.
+        # A subclass of torch's classes must not claim to be torch's: torch makes assumptions about its own modules.
         module = __name__ if cls in COVERED else cls.__module__
         _SWAPPED[cls] = type(f"Quantized{cls.__name__}", (QuantizedLayer, cls), {"__module__": module, **pickled})
     return _SWAPPED[cls]
@@ -81,9 +81,9 @@ def _new_swapped(cls: type[nn.Module]) -> QuantizedLayer:
 
 
 def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str], dict[str, str]]:
-    """(names of the layers that take quantizers, in call order; other layers, and parameters of no layer -> why they are not covered).
+    """Return (names of the layers that take quantizers, in call order; other layers and parameters -> why they are not covered).
 
-    Without a wiring every layer of a covered class counts, in order of definition.
+    Without a wiring, every layer of a supported class counts, in order of definition.
     """
     layers = [name for name, module in model.named_modules() if isinstance(module, COVERED)]
     covered = layers if wiring is None else wiring.layer_names()
@@ -106,7 +106,7 @@ def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str],
                 )
                 owners.add(name)
     for function in wiring.functions() if wiring else ():
-        if function.owner not in owners:  # that a module computes with weights of its own is said of the module
+        if function.owner not in owners:  # reported for the module itself
             uncovered[function.name] = f"{function.kind} called as a function, on weights that are no layer's; it stays float"
     for product in wiring.products() if wiring else ():
         uncovered[product.name] = "a product of two activations that is no layer; it stays float (anybit.Matmul in its place is covered)"
@@ -114,7 +114,7 @@ def coverage(model: nn.Module, wiring: Wiring | None = None) -> tuple[list[str],
 
 
 def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
-    """Raise UnsupportedModel naming the first of `names` that runs in surroundings that it would not have when it is run alone, or gives
+    """Raise UnsupportedModel naming the first of `names` that runs in a context that is lost when it runs alone, or that returns
     several tensors."""
     for name in names:
         if name in wiring.surroundings:
@@ -124,7 +124,7 @@ def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
         several = [len(operation.outputs) for operation in wiring.runs(name) if len(operation.outputs) != 1]
         if several:
             raise UnsupportedModel(
-                f"Layer {name} returns {several[0]} tensors; a layer that is quantized returns one. Let it return "
+                f"Layer {name} returns {several[0]} tensors; a quantized layer must return one. Let it return "
                 f"one, or keep it float: --keep '{name}=float'."
             )
 
@@ -132,15 +132,15 @@ def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
 def prepare(model: nn.Module, names: Iterable[str], float_layers: Collection[str] = (), groups: Mapping[str, int] = {}) -> nn.Module:
     """Return a copy of `model` whose layers `names` have empty slots; its outputs are bitwise those of `model`.
 
-    `groups` are the layers that have a weight scale for each so many inputs of a channel, instead of one a channel.
-    Raise UnsupportedModel where a name is not a layer that anybit covers.
+    `groups`   layer -> number of inputs that share a weight scale; other layers have one scale per channel
+    Raises UnsupportedModel if a name is not a layer that anybit covers.
     """
     names = list(names)
     check_float32(model, [name for name in names if name not in float_layers])
     prepared = copied(model)
     for module in prepared.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # its fused path would read the weights and skip the layers' own forward
+            module.activation_relu_or_gelu = 0  # its fused path would bypass the layers' own forward
     for name in names:
         layer = prepared.get_submodule(name)
         if not isinstance(layer, COVERED):
@@ -149,7 +149,7 @@ def prepare(model: nn.Module, names: Iterable[str], float_layers: Collection[str
         if parameter is None:
             raise UnsupportedModel(f"{name}: the weight is computed (a parametrization or weight norm). Remove the parametrization first.")
         if isinstance(layer, nn.Embedding):
-            layer.sparse = False  # a quantizer passes no sparse gradient on
+            layer.sparse = False  # a quantizer does not propagate sparse gradients
         layer.__class__ = _swapped_class(type(layer))
         assert isinstance(layer, QuantizedLayer)
         layer.register_module("weight_quantizer", None)
@@ -162,7 +162,7 @@ def prepare(model: nn.Module, names: Iterable[str], float_layers: Collection[str
 
 
 def check_float32(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise UnsupportedModel naming the first of the layers `names` whose weight has another type."""
+    """Raise UnsupportedModel naming the first of the layers `names` whose weight is not float32."""
     for name in names:
         parameter = model.get_submodule(name)._parameters.get("weight")
         if parameter is not None and parameter.dtype != torch.float32:
@@ -170,11 +170,11 @@ def check_float32(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network itself; where it or a part of it is wrapped (DataParallel, torch.compile), a copy without the wrappers.
+    """Return the network itself or, if it or a part of it is wrapped (DataParallel, torch.compile), a copy without the wrappers.
 
-    Layers so have the names that the network's author gave them, and their forward is Python that can be observed.
+    Layers then have the names that the network's author gave them, and their forward is Python code that can be observed.
     """
-    instead: dict[int, nn.Module] = {}  # what a copy puts in place of each wrapper
+    instead: dict[int, nn.Module] = {}  # what replaces each wrapper in a copy
     for module in reversed(list(model.modules())):
         if (inner := _wrapped(module)) is not None:
             instead[id(module)] = copied(inner, instead)
@@ -184,11 +184,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _wrapped(module: nn.Module) -> nn.Module | None:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return module.module
-    return dict(module.named_children()).get("_orig_mod")  # as torch.compile calls it, whose own module takes seconds to import
+    return dict(module.named_children()).get("_orig_mod")  # torch.compile's name for it; importing its module takes seconds
 
 
 def takes_groups(layer: nn.Module, group: int) -> bool:
-    """Whether the layer's weight can have a scale for each `group` inputs of a channel: a linear or an embedding of a multiple of them."""
+    """Return whether each `group` inputs of a channel can share a weight scale: in a linear or embedding whose fan-in is a multiple."""
     return type_of(layer).grouped and float_weight(layer).shape[1] % group == 0
 
 
@@ -200,30 +200,30 @@ def _checked_group(name: str, layer: nn.Module, group: int) -> int:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Name -> layer with slots, in the model's order of definition."""
+    """Return name -> layer with slots, in order of definition."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
 def float_weight(layer: nn.Module) -> nn.Parameter:
-    """Return the stored weight, whatever is in the slot; an empty one of a matmul."""
+    """Return the stored weight, whatever is in the slot; an empty one for a matmul."""
     weight = layer._parameters["weight"] if type_of(layer).has_weights else nn.Parameter(torch.empty(0, 0))
-    assert weight is not None  # a computed one is refused before
+    assert weight is not None  # computed weights were refused earlier
     return weight
 
 
 def float_bias(layer: nn.Module) -> Tensor | None:
-    """Return the bias; None where the layer has none."""
+    """Return the bias, or None."""
     return getattr(layer, "bias", None)
 
 
 def weight_rows(layer: nn.Module, weight: Tensor) -> Tensor:
-    """`weight` as rows [output channels, fan-in]; for an embedding a row is a word. With groups, each group of a channel is a row."""
+    """Return `weight` as rows [output channels, fan-in]; a row of an embedding is a word. With groups, each group of a channel is a row."""
     group = getattr(layer, "weight_group", None)
     return type_of(layer).rows(layer, weight) if group is None else weight.reshape(-1, group)
 
 
 def rows_shape(layer: nn.Module) -> tuple[int, int]:
-    """(rows, columns) of the layer's weight as `weight_rows` lays it out."""
+    """Return (rows, columns) of the layer's weight as laid out by `weight_rows`."""
     rows = weight_rows(layer, float_weight(layer))
     return rows.shape[0], rows.shape[1]
 
@@ -236,7 +236,7 @@ def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(layer: nn.Module, weights: nn.Module | None, inputs: nn.Module | None) -> None:
-    """Put quantizers into the slots and round the stored weight onto the grid, so that weight and codes say the same."""
+    """Put quantizers into the slots and round the stored weight to the grid, so that weight and codes agree."""
     assert isinstance(layer, QuantizedLayer)
     if weights is not None:
         parameter = float_weight(layer)
@@ -249,7 +249,7 @@ class TrainedWeight(Protocol):
     """A weight quantizer in training."""
 
     def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer | None]:
-        """Return the values of the stored rows on the grid, and the uniform quantizer; None: pruned."""
+        """Return the stored rows rounded to the grid, and their uniform quantizer; None for a pruned layer."""
 
 
 @runtime_checkable
@@ -262,7 +262,7 @@ class TrainedInput(Protocol):
 
 @torch.no_grad()
 def freeze_slots(layer: nn.Module) -> None:
-    """Put uniform quantizers into the slots in place of those that were trained, and round the stored weight onto their grid."""
+    """Replace trained quantizers in the slots by uniform ones, and round the stored weight to their grid."""
     assert isinstance(layer, QuantizedLayer)
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     if isinstance(weights, TrainedWeight):
@@ -274,7 +274,7 @@ def freeze_slots(layer: nn.Module) -> None:
 
 @torch.no_grad()
 def emptied(model: nn.Module) -> nn.Module:
-    """A float copy: the classes that `prepare` found, with the weights that the slots give. A road can start where another ended."""
+    """Return a float copy: the original classes, with the weights that the slots return. A road can start where another ended."""
     plain = round_edges(copy.deepcopy(model), {})
     for layer in quantized_layers(plain).values():
         if layer.weight is not None:
@@ -288,7 +288,7 @@ def emptied(model: nn.Module) -> nn.Module:
 
 
 def scheme_of(model: nn.Module) -> Scheme:
-    """Return the scheme that the model's filled slots spell out."""
+    """Return the scheme that the model's filled slots represent."""
     return Scheme({name: _precision_of(layer) for name, layer in quantized_layers(model).items()})
 
 
@@ -303,18 +303,18 @@ def _bits_of(quantizer: nn.Module | None) -> int | None:
 
 
 class Pruned(nn.Module):
-    """The weight quantizer of a W0 layer: every weight is zero and no code is stored."""
+    """Weight quantizer of a W0 layer: every weight is zero and no code is stored."""
 
     def forward(self, rows: Tensor) -> Tensor:
         return torch.zeros_like(rows)
 
 
 def weight_quantizer_of(layer: nn.Module) -> UniformQuantizer:
-    """Return the quantizer in a weight slot that is filled with a uniform one."""
+    """Return the uniform quantizer in the layer's weight slot."""
     assert isinstance(layer, QuantizedLayer)
     return frozen(layer.weight_quantizer)
 
 
 def codes_of(layer: nn.Module) -> Tensor:
-    """Return integer codes [channels, fan-in] of a layer whose weight slot is filled, as int8."""
+    """Return the int8 codes [channels, fan-in] of a layer whose weight slot is filled."""
     return weight_quantizer_of(layer).codes(weight_rows(layer, float_weight(layer))).to(torch.int8)

@@ -1,6 +1,6 @@
-"""The product of two activations as a layer, so that each operand can have a quantizer: what attention computes twice.
+"""The product of two activations as a layer, so that each operand can have a quantizer; attention computes two of them.
 
-`huggingface` and `rewrites` put them where a network multiplies two activations, and a network of one's own can call one in place of `@`.
+`huggingface` and `rewrites` insert them where a network multiplies two activations. Your own network can call one in place of `@`.
 """
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 class Matmul(nn.Module):
     """`left @ right`, or `left @ right.mT` with `transposed`: [..., n, k] and [..., k, m] ([..., m, k] transposed) -> [..., n, m].
 
-    Tokens run along the last dimension but one of both operands, so `transposed` is for queries and keys.
+    Tokens are the last dimension but one of both operands, so use `transposed` for queries and keys.
     """
 
-    weight = None  # as other layers have one
+    weight = None  # other layers have one
 
     def __init__(self, transposed: bool = False):
         super().__init__()
@@ -35,7 +35,7 @@ def attend(
     scale: float | None = None,
     grouped: bool = False,
 ) -> Tensor:
-    """Compute scaled_dot_product_attention of (query, key, value) [..., heads, T, d] by the Matmuls of scores and of mixtures."""
+    """Compute scaled_dot_product_attention of (query, key, value) [..., heads, T, d] with two Matmuls: of scores and of their mixture."""
     query, key, value = operands
     if grouped:
         groups = query.shape[-3] // key.shape[-3]

@@ -1,8 +1,8 @@
-"""Normalization by running statistics: what is one, and what is left of one whose statistics a layer has taken over.
+"""Normalization by running statistics: which modules do it, and what remains of one after its statistics are folded into a layer.
 
-A norm's forward may go on after it has normalized: with dropout and an activation (timm's BatchNormAct2d), with a gate of the user's own.
-What goes on stays in the folded network, at the norm's place and under its name: the norm's class becomes a subclass of *its own* class
-whose forward is the same but for the normalization, which is passed by.
+A norm's forward may continue after the normalization: with dropout and an activation (timm's BatchNormAct2d), or with custom code. That
+part stays in the folded network, at the norm's place and under its name: the norm's class becomes a subclass of *its own* class whose
+forward skips the normalization.
 """
 
 import copy
@@ -23,9 +23,9 @@ _AFFINE = {"batch_norm", "addcmul", *(f"{prefix}{name}" for prefix in ("", "r", 
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether `module` normalizes channels: a batch norm of torch, or any module with the four tensors of one (frozen ones).
+    """Return whether `module` normalizes channels: a batch norm of torch, or any module with its four tensors (frozen ones).
 
-    A norm that is folded is none any more.
+    False for a norm that has been folded.
     """
     if isinstance(module, FoldedNorm):
         return False
@@ -33,13 +33,15 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _has_tensors_of_a_norm(module: nn.Module) -> bool:
+    if module._buffers.get("running_mean") is None and module._parameters.get("running_mean") is None:  # nearly all, so first
+        return False
     own = module._parameters | module._buffers
     shapes = {tensor.shape for tensor in map(own.get, _TENSORS) if tensor is not None}
-    return own.get("running_mean") is not None and set(_TENSORS) <= set(own) and len(shapes) == 1 and len(shapes.pop()) == 1
+    return set(_TENSORS) <= set(own) and len(shapes) == 1 and len(shapes.pop()) == 1
 
 
 def keeps_statistics(norm: nn.Module) -> bool:
-    """Return whether the norm has running statistics, which it normalizes by in evaluation mode."""
+    """Return whether the norm has running statistics, by which it normalizes in evaluation mode."""
     return getattr(norm, "running_mean", None) is not None and getattr(norm, "running_var", None) is not None
 
 
@@ -49,14 +51,14 @@ def tracking_norms(model: nn.Module) -> list[BatchNorm]:
 
 
 def running_statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Running mean and variance, [channels] each, of a norm that keeps them."""
+    """Return running mean and variance, [channels] each, of a norm that keeps them."""
     mean, variance = norm.running_mean, norm.running_var
     assert isinstance(mean, Tensor) and isinstance(variance, Tensor)
     return mean, variance
 
 
 def gamma_and_beta(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Return the norm's own factors and summands, [channels] each; None where it has none."""
+    """Return the norm's own factors and summands, [channels] each, or None."""
     gamma, beta = norm.weight, norm.bias
     assert isinstance(gamma, Tensor | None) and isinstance(beta, Tensor | None)
     return gamma, beta
@@ -73,9 +75,9 @@ def gain_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def only_normalizes_first(norm: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Return whether the norm, on an input of `shape` [N, channels, ...], does what it does after gain and shift without them.
+    """Return whether the norm's forward on an input of `shape` [N, channels, ...] begins with the normalization and nothing else uses it.
 
-    A norm of torch's own does by definition; others are tried on numbers of the statistics that they expect.
+    True for torch's own norms by definition; others are tested on random numbers with the expected statistics.
     """
     if type(norm).forward in _PLAIN_FORWARDS:
         return True
@@ -84,7 +86,7 @@ def only_normalizes_first(norm: nn.Module, shape: tuple[int, ...]) -> bool:
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(mean)
     x = noise * variance.sqrt().view(per_channel) + mean.view(per_channel)
     gain, shift = (part.to(x.dtype).view(per_channel) for part in gain_and_shift(norm))
-    with suppress(Exception):  # a forward of the user's own may refuse anything
+    with suppress(Exception):  # a custom forward may reject any input
         expected = norm(x.clone())
         rest = without_normalization(copy.deepcopy(norm))(x * gain + shift)
         return torch.allclose(rest, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
@@ -100,9 +102,9 @@ class FoldedNorm(nn.Module):
 
 
 class _PastNormalization(TorchFunctionMode):
-    """Give a value back from the operations that normalize it, until another operation reads it.
+    """Return a value unchanged from the operations that normalize it, until another operation reads it.
 
-    These are a batch norm, or else products with and sums of what does not depend on the value, as frozen norms are written.
+    These are a batch norm, or products and sums with tensors that do not depend on the value, as frozen norms are written.
     """
 
     def __init__(self, value: Tensor):
@@ -128,12 +130,12 @@ _FOLDED: dict[type[nn.Module], type[FoldedNorm]] = {}
 
 
 def without_normalization(norm: nn.Module) -> nn.Module:
-    """Return the operations of `norm` after normalizing: none, or the norm itself, changed in place, without its own tensors."""
+    """Return the operations of `norm` after the normalization: none, or the norm itself, changed in place, without its own tensors."""
     if type(norm).forward in _PLAIN_FORWARDS:
         return nn.Identity()
     for key in (*_TENSORS, "num_batches_tracked"):
         tensor = norm._parameters.pop(key, norm._buffers.pop(key, None))
-        # The forward may still read them, to no effect.
+        # The forward may still read them, without effect.
         neutral = None if tensor is None or not tensor.dim() else torch.full_like(tensor.detach(), float(key in ("weight", "running_var")))
         norm.register_buffer(key, neutral, persistent=False)
     norm.__class__ = _folded_class(type(norm))
@@ -141,9 +143,9 @@ def without_normalization(norm: nn.Module) -> nn.Module:
 
 
 def _folded_class(cls: type[nn.Module]) -> type[FoldedNorm]:
-    """Return the subclass of `cls` that does not normalize, made on first use."""
+    """Return the subclass of `cls` that does not normalize, created on first use."""
     if cls not in _FOLDED:
-        pickled = {"__reduce__": lambda self: (_new_folded, (cls,), self.__dict__)}  # its class is found through the author's own
+        pickled = {"__reduce__": lambda self: (_new_folded, (cls,), self.__dict__)}  # its class is derived from the author's own
         _FOLDED[cls] = type(f"Folded{cls.__name__}", (FoldedNorm, cls), {"__module__": cls.__module__, **pickled})
     return _FOLDED[cls]
 

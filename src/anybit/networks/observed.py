@@ -1,4 +1,4 @@
-"""Observe, fold and prepare a float network: every road starts from the result."""
+"""Observe, fold and prepare a float network; every road starts from the result."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,9 +27,9 @@ from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
 
 @dataclass(frozen=True)
 class ObservedNetwork:
-    """Hold a float network made ready: folded, with empty slots, observed. No stage changes anything here, except what the network's own
-    forward changes: `moving` holds those buffers as they were before any pass. `unfolded` are the norms that stay, with the reason;
-    `unread` are the layers that no compared output is computed from; `coarse` those whose inputs a few bits cannot tell apart."""
+    """A float network, folded, with empty slots, and observed. No stage changes it, except for buffers that the network's own forward
+    changes: `moving` holds their values from before any pass. `unfolded` are the norms that stay, with the reason; `unread` the layers on
+    which no compared output depends; `coarse` those whose inputs a few bits cannot resolve."""
 
     float_model: nn.Module
     folded: nn.Module
@@ -49,25 +49,26 @@ class ObservedNetwork:
 
     @property
     def calls(self) -> dict[str, int]:
-        """Return layer -> number of calls per pass, except for layers kept entirely float."""
+        """Return layer -> number of calls per pass, except for layers that stay entirely float."""
         return {name: self.wiring.calls[name] for name, options in self.choices.items() if options != [FLOAT]}
 
     @property
     def names(self) -> list[str]:
-        """Return the layers in the scheme, in call order."""
+        """Return the layers of the scheme, in call order."""
         return list(self.choices)
 
     @property
     def largest(self) -> Scheme:
-        """Return the scheme of every layer's last choice."""
+        """Return the scheme with every layer's last choice."""
         return Scheme({name: options[-1] for name, options in self.choices.items()})
 
     def apply(self, scheme: Scheme, candidates: Candidates) -> nn.Module:
-        """Return the canonical form of `scheme`, made of `candidates`, with its edges rounded."""
+        """Return the canonical form of `scheme` from `candidates`, with its edges rounded."""
         return with_edges(apply_scheme(self.prepared, scheme, candidates), self.wiring, candidates.edges)
 
     def uniform(self, weight_bits: int, activation_bits: int | None) -> Scheme:
-        """These bits everywhere, except in kept layers; embeddings have no activation bits, matmuls no weights."""
+        """Return the scheme with these bits everywhere, except in kept layers; embeddings have no activation bits, matmuls no weight
+        bits."""
         precisions = (Precision(weight_bits, activation_bits), Precision(weight_bits, None), Precision(None, activation_bits))
         return Scheme({n: next((p for p in precisions if p in options), options[0]) for n, options in self.choices.items()})
 
@@ -79,7 +80,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     covered, _ = coverage(model)
     check_float32(
         model, [name for name in covered if name not in options.float_layers(covered)]
-    )  # before a type that differs makes the network refuse its input
+    )  # before a mismatched type makes the network reject its input
     before = state_of(model)
     first = observed_pass(model, example)
     if calls_functions(model, first.wiring):
@@ -119,7 +120,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
 
 @torch.no_grad()
 def unread_layers(model: nn.Module, wiring: Wiring, names: Sequence[str], example: Batch) -> list[str]:
-    """Return those of the layers that no compared output is computed from: without their weights it is the same, to the bit."""
+    """Return those of the layers on which no compared output depends: without their weights, the outputs are bitwise the same."""
     reader = example.reader
     places = [one.place for one in reader.outputs] if isinstance(reader, OutputReader) else None if reader is not None else [0]
     behind = wiring.layers_behind(places)
@@ -142,13 +143,13 @@ def unread_layers(model: nn.Module, wiring: Wiring, names: Sequence[str], exampl
 
 
 def _put_buffers_back(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Undo the changes of a pass, except to parameters, which no pass may change."""
+    """Undo a pass's changes to buffers; no pass may change parameters."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     restore(model, {key: tensor for key, tensor in changed(before, model.state_dict()).items() if key not in parameters})
 
 
 def unobserved_network(model: nn.Module, options: LayerOptions) -> ObservedNetwork:
-    """Describe `model` before any input is seen: nothing folded, no units, no shapes."""
+    """Describe `model` before any input is seen: not folded, without units or shapes."""
     check_network(model)
     check_finite_weights(model)
     names, uncovered = coverage(model)
@@ -163,7 +164,7 @@ def unobserved_network(model: nn.Module, options: LayerOptions) -> ObservedNetwo
 
 
 def check_kinds(scheme: Scheme, network: ObservedNetwork) -> None:
-    """Raise SchemeMismatch if a scheme gives bits to an operand that a layer lacks."""
+    """Raise SchemeMismatch if a scheme gives bits to an operand that the layer lacks."""
     for name, precision in scheme.items():
         layer = network.folded.get_submodule(name)
         kind = type_of(layer)
@@ -173,12 +174,12 @@ def check_kinds(scheme: Scheme, network: ObservedNetwork) -> None:
 
 
 def with_coarse(network: ObservedNetwork, batch: Batch) -> ObservedNetwork:
-    """Return the network with the layers whose inputs a few bits cannot tell apart on `batch`."""
+    """Return the network with the layers whose inputs a few bits cannot resolve on `batch`."""
     return replace(network, coarse=coarse_layers(network.folded, network.wiring, activation_bits(network), batch))
 
 
 def activation_bits(network: ObservedNetwork) -> dict[str, int]:
-    """Return layer -> the most bits that its input may have, for those whose input is not float in every choice."""
+    """Return layer -> the most bits that its input may have, for layers whose input may be quantized."""
     most = {name: [p.activation_bits for p in choices if p.activation_bits] for name, choices in network.choices.items()}
     return {name: max(bits) for name, bits in most.items() if bits}
 
@@ -189,7 +190,7 @@ def has_choice(network: ObservedNetwork) -> bool:
 
 
 def rounded_to_nearest(network: ObservedNetwork, batches: Sequence[Batch], scheme: Scheme) -> nn.Module:
-    """Round to nearest over whole ranges and return the canonical model: for speed and size, where accuracy does not matter."""
+    """Round to nearest over whole ranges and return the canonical model: for speed and size, when accuracy does not matter."""
     samples, layers = input_samples(network.folded, network.names, batches, 2**12, 0), quantized_layers(network.prepared)
     candidates = Candidates()
     for name, precision in scheme.items():

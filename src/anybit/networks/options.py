@@ -15,9 +15,9 @@ from anybit.scheme import Precision, match_patterns
 class LayerOptions:
     """weight_bits, activation_bits  candidates of every layer (None among the activation bits: float activations)
     keep       shell pattern on layer names -> precision, overriding the above
-    group      inputs of a channel that share a weight scale, in linears and embeddings; None: one scale a channel
-    unit       what is reconstructed at once, "block" or "layer"; `blocks` names the blocks instead of finding them
-    gradients  whether the network must be differentiable: refused here, before the work, where it is not
+    group      number of inputs that share a weight scale, in linears and embeddings; None: one scale per channel
+    unit       what is reconstructed as a whole, "block" or "layer"; `blocks` names the blocks instead of detecting them
+    gradients  whether the network must be differentiable, which is checked before the work
     """
 
     weight_bits: Sequence[int]
@@ -29,22 +29,22 @@ class LayerOptions:
     gradients: bool = False
 
     def float_layers(self, names: Sequence[str]) -> list[str]:
-        """Return the layers whose weights stay float."""
+        """Return the names of layers whose weights stay float."""
         return [name for name, precision in match_patterns(self.keep, names).items() if precision.weight_bits is None]
 
 
 def group_sizes(model: nn.Module, names: Sequence[str], group: int | None) -> dict[str, int]:
-    """layer -> group size, of the layers that take it; raises InvalidSetting where none does."""
+    """Return layer -> group size, for layers with a multiple of so many inputs. Raises InvalidSetting if there is none."""
     if group is None:
         return {}
     groups = {name: group for name in names if takes_groups(model.get_submodule(name), group)}
     if not groups:
-        raise InvalidSetting(f"group {group} divides the inputs of no linear or embedding of this network. Choose another size.")
+        raise InvalidSetting(f"group {group} divides the inputs of no linear or embedding in this network. Choose another size.")
     return groups
 
 
 def layer_choices(layer: nn.Module, pinned: Precision | None, options: LayerOptions) -> list[Precision]:
-    """Return the precisions that a layer may get: all pairs of bit-widths of its operands, or only `pinned`."""
+    """Return the precisions that a layer may get: all pairs of its operands' bit-widths, or only `pinned`."""
     weight_bits: Sequence[int | None] = sorted(options.weight_bits) if pinned is None else (pinned.weight_bits,)
     activation_bits = sorted(options.activation_bits, key=lambda bits: bits or 32) if pinned is None else (pinned.activation_bits,)
     if not type_of(layer).reads_numbers:

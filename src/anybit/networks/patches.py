@@ -1,4 +1,4 @@
-"""Patches: the rows of inputs that a layer multiplies its weight with, at places drawn at random, gathered without an `unfold`."""
+"""Patches: the rows of a layer's input that its weight is multiplied with, at random places, gathered without an `unfold`."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def real_rows(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the layer's input without padding, by `mask` [N, T]: of a linear its real tokens, [tokens, features]; else all of it."""
+    """Return the layer's input without padding: for a linear, its real tokens by `mask` [N, T], as [tokens, features]; else all of it."""
     return unpadded(x, mask).reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else x
 
 
 def draw_places(layer: nn.Module, shape: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
-    """Draw `count` of the places at which the layer computes an output from an input of this `shape`, all of them if there are fewer.
+    """Draw `count` of the places at which the layer computes an output from an input of this `shape`, or all if there are fewer.
 
-    Places are numbers into [samples, output places], flattened; of a linear, into its tokens.
+    Places are indices into [samples, output places], flattened; for a linear, into its tokens.
     """
     total = math.prod(shape[:-1]) if isinstance(layer, nn.Linear) else shape[0] * math.prod(_output_places(layer, shape[2:]))
     if total <= count:
@@ -31,9 +31,9 @@ def draw_places(layer: nn.Module, shape: Sequence[int], count: int, generator: t
 
 
 def patches(layer: nn.Module, x: Tensor, places: Tensor) -> Tensor:
-    """Gather the rows [groups, places, fan-in] of input `x` that the layer's weight rows [channels, fan-in] are multiplied with.
+    """Gather the rows [groups, places, fan-in] of input `x` that are multiplied with the layer's weight rows [channels, fan-in].
 
-    `layer` is a linear, a convolution or a transposed one, of 1 to 3 dimensions; columns are in the order of its weight's rows.
+    `layer` is a linear, or a convolution, possibly transposed, of 1 to 3 dimensions. Columns are in the order of its weight's rows.
     """
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])[places][None]
@@ -47,7 +47,7 @@ def patches(layer: nn.Module, x: Tensor, places: Tensor) -> Tensor:
         [sum(at * d * s for at, d, s in zip(tap, dilation, strides, strict=True)) for tap in product(*map(range, kernel))], device=x.device
     )
     if isinstance(layer, TRANSPOSED):
-        taps = taps.flip(0)  # its kernel spreads an input over outputs: seen from an output, it runs backwards
+        taps = taps.flip(0)  # its kernel spreads one input over outputs, so an output sees it reversed
     gathered = flat[sample[:, None], :, corner[:, None] + taps]  # [places, taps, channels]
     return gathered.transpose(1, 2).unflatten(1, (_groups(layer), -1)).flatten(2).transpose(0, 1)
 
@@ -58,14 +58,14 @@ def _groups(layer: nn.Module) -> int:
 
 
 def _kernel(layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(kernel size, stride, dilation) of the plain convolution that the layer is over its padded input."""
+    """Return (kernel size, stride, dilation) of the plain convolution that the layer computes over its padded input."""
     assert isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED))
     stride = (1,) * len(layer.kernel_size) if isinstance(layer, TRANSPOSED) else layer.stride
     return layer.kernel_size, stride, layer.dilation
 
 
 def _padded(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return the input with the layer's padding around it; of a transposed layer, with the zeros between that its stride stands for."""
+    """Return the input with the layer's padding; for a transposed layer, also with the zeros that its stride inserts between values."""
     assert isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED))
     kernel = layer.kernel_size
     if isinstance(layer, TRANSPOSED):
@@ -92,7 +92,7 @@ def _output_places(layer: nn.Module, sizes: Sequence[int]) -> list[int]:
 
 
 def _corners(places: Tensor, sizes: Sequence[int], stride: Sequence[int], strides: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(sample, index of the patch's first tap in the flattened padded input) of each place."""
+    """Return (sample, index of the patch's first tap in the flattened padded input) of each place."""
     corner = torch.zeros_like(places)
     for size, step, apart in zip(reversed(sizes), reversed(stride), reversed(strides), strict=True):
         corner = corner + places % size * step * apart

@@ -1,5 +1,5 @@
-"""Weights that are computed in every pass from others (weight and spectral norm, parametrizations, pruning), that several layers share, or
-that recurrent layers hold, made plain on a copy: each a parameter of its own, of a layer."""
+"""Plain weights, on a copy, in place of weights that are computed in every pass (weight and spectral norm, parametrizations, pruning),
+shared by several layers, or held by recurrent layers: each becomes a parameter of one layer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,10 +16,10 @@ from anybit.networks.recurrent import recurrent_layers
 
 
 def plain_weights(model: nn.Module) -> nn.Module:
-    """Return a copy whose weights are the parameters that they compute with, in evaluation mode, one for each layer; the model itself where
-    all are.
+    """Return a copy in which every layer has a parameter of its own with the weight that it computes with in evaluation mode, or the model
+    itself if this already holds.
 
-    Nothing is left of what computed them, nor of a weight that was shared: in training, each is free.
+    The computation of a weight and its sharing are gone: in training, each weight is free.
     """
     names = [name for name, module in model.named_modules() if any(_removers(module))]
     if not names and not any(recurrent_layers(model)):
@@ -35,7 +35,7 @@ def plain_weights(model: nn.Module) -> nn.Module:
 
 
 def _with_own_weights(model: nn.Module) -> nn.Module:
-    """Return a copy in which no layer shares its weight or bias, which may take different bits; the model itself where none does."""
+    """Return a copy in which no layer shares its weight or bias, so that their bits may differ; the model itself if none does."""
     shared = _shared(model)
     if not shared:
         return model
@@ -48,7 +48,7 @@ def _with_own_weights(model: nn.Module) -> nn.Module:
 
 
 def _shared(model: nn.Module) -> Sequence[tuple[str, str]]:
-    """Return (layer, parameter) of each that needs one of its own, for another module that keeps the shared one."""
+    """Return (layer, parameter) for each layer that needs its own copy of a shared parameter."""
     owners: dict[int, list[tuple[str, str]]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -62,13 +62,13 @@ def _shared(model: nn.Module) -> Sequence[tuple[str, str]]:
 
 
 def _computed(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the weights of an earlier pass that a hook has left as attributes, with a graph that no copy can have."""
+    """Yield weights that a hook left as attributes in an earlier pass, with an autograd graph, which cannot be copied."""
     for module in model.modules():
         yield from (value for value in vars(module).values() if isinstance(value, Tensor) and value.grad_fn is not None)
 
 
 def _removers(module: nn.Module) -> Iterator[Callable[[], object]]:
-    """Yield what makes each computed weight of a module plain."""
+    """Yield functions that make each computed weight of a module plain."""
     if parametrize.is_parametrized(module):
         yield partial(_unparametrize, module)
     for hook in list(module._forward_pre_hooks.values()):
@@ -81,8 +81,8 @@ def _removers(module: nn.Module) -> Iterator[Callable[[], object]]:
 
 
 def _unparametrize(module: nn.Module) -> None:
-    """Leave the values of a module's parametrized tensors. PyTorch's own function would take them from its original, too, whose class a
-    copy shares."""
+    """Keep the current values of a module's parametrized tensors. PyTorch's own function would also delete them from the original, whose
+    class a copy shares."""
     lists = module.get_submodule("parametrizations")
     values = {key: (getattr(module, key).detach().clone(), any(True for _ in one.parameters())) for key, one in lists.named_children()}
     module.__class__ = type(module).__mro__[1]

@@ -1,7 +1,7 @@
-"""Recurrent layers whose weights are layers, so that each has a name, bits and codes.
+"""Recurrent layers whose matrices are layers, so that each has a name, bits and codes.
 
-An LSTM or a GRU stays the one operator that it is, in float, and each of its matrices becomes a `RecurrentWeight`. A cell, which a network
-calls step by step, is written out as two linears. A plain RNN, which no exporter has an operator for, is left as it is.
+An LSTM or a GRU stays one float operator, and each of its matrices becomes a `RecurrentWeight`. A cell, which a network calls step by
+step, is written out as two linears. A plain RNN, for which no exporter has an operator, is left unchanged.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ PREFIX = "weight_"
 
 
 class RecurrentWeight(nn.Module):
-    """A matrix [gates x hidden, inputs] of a recurrent layer; its output, given what that layer reads, is the matrix itself."""
+    """A matrix [gates x hidden, inputs] of a recurrent layer; its output is the matrix itself, whatever it reads."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -29,7 +29,7 @@ class RecurrentWeight(nn.Module):
 
 
 class HoldsWeights(nn.RNNBase):
-    """Mixin of an LSTM or GRU whose matrices are children: `ih_l0` has what was `weight_ih_l0`."""
+    """Mixin of an LSTM or GRU whose matrices are children: `ih_l0` in place of `weight_ih_l0`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         first = next(iter((*args, *kwargs.values())))
@@ -47,18 +47,18 @@ class HoldsWeights(nn.RNNBase):
         return self.__dict__["_held"][name.removeprefix(PREFIX)] if "_held" in self.__dict__ else child.weight
 
     @property
-    def _flat_weights(self) -> list[Any]:  # computed, where PyTorch keeps a list
+    def _flat_weights(self) -> list[Any]:  # computed here, a list in PyTorch
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, weights: Any) -> None:
-        """PyTorch's own list of them is never used."""
+        """Ignore PyTorch's own list, which is never used."""
 
     def flatten_parameters(self) -> None:
-        """Leave the weights where they are: those of cuDNN would have to lie in one piece."""
+        """Leave the weights where they are: cuDNN would need them in one block of memory."""
 
     def _update_flat_weights(self) -> None:
-        """Nothing is kept that could be out of date."""
+        """Do nothing: there is no list to update."""
 
 
 class LSTMCell(nn.LSTMCell):
@@ -107,7 +107,7 @@ _HOLDING: dict[type[nn.Module], Any] = {}
 
 
 def recurrent_layers(model: nn.Module) -> Iterator[Callable[[], object]]:
-    """Yield what turns each recurrent layer or cell of `model` into one whose weights are layers, in place."""
+    """Yield functions that turn each recurrent layer or cell of `model` into one whose weights are layers, in place."""
     for module in model.modules():
         if isinstance(module, nn.LSTM | nn.GRU) and any(key.startswith(PREFIX) for key in module._parameters):
             yield partial(_hold, module)
@@ -116,7 +116,7 @@ def recurrent_layers(model: nn.Module) -> Iterator[Callable[[], object]]:
 
 
 def _holding(cls: type[nn.Module]) -> Any:
-    """Return the subclass of a recurrent layer's class that holds its weights as children, made on first use."""
+    """Return the subclass of a recurrent layer's class that holds its weights as children, created on first use."""
     if cls not in _HOLDING:
         pickled: dict[str, Any] = {"__reduce__": lambda self: (_new, (cls,), self.__getstate__())}
         _HOLDING[cls] = type(cls.__name__, (HoldsWeights, cls), {"__module__": __name__, "__qualname__": cls.__qualname__, **pickled})

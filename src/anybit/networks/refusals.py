@@ -1,6 +1,6 @@
-"""Refuse networks that no road can work with: in one sentence, before anything long is begun, naming the module and the remedy.
+"""Refuse networks that no road supports: in one sentence that names the module and the remedy, before anything long begins.
 
-None of it shows in a layer alone: how weights are held, whether a pass can be repeated, and what it passes through.
+The checks concern the whole network: how weights are held, whether a pass can be repeated, and what a pass consists of.
 """
 
 import copy
@@ -32,14 +32,16 @@ _REMOVERS = {
 
 
 def check_network(model: nn.Module) -> None:
-    """Raise UnsupportedModel for what shows before the network has run: scripted code, and weights that are not there as plain tensors."""
+    """Raise UnsupportedModel for problems that show before the network runs: scripted code, and weights that are not plain tensors."""
     if isinstance(model, COVERED):
-        raise UnsupportedModel(f"The network itself is a {type(model).__name__}, and layers go by names. Put it into an nn.Sequential.")
+        raise UnsupportedModel(f"The network itself is a {type(model).__name__}, but layers need names. Put it into an nn.Sequential.")
     for name, module in model.named_modules():
         where = name or "The network"
         _check_name(name)
         if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModel(f"{where} is TorchScript, whose layers cannot be changed. Give the Python module that it was made from.")
+            raise UnsupportedModel(
+                f"{where} is TorchScript, whose layers cannot be changed. Give the Python module that it was scripted from."
+            )
         if isinstance(module, COVERED) and type_of(module).has_weights:
             _check_not_computed(where, module)
         stored = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
@@ -57,7 +59,9 @@ def _check_not_computed(name: str, layer: nn.Module) -> None:
     for key in ("weight", "bias"):
         is_attribute = key in layer._parameters
         if not is_attribute and getattr(layer, key, None) is not None:
-            raise UnsupportedModel(f"{name}: the {key} is computed in every pass, not stored. Make it plain first: {_remover(layer, key)}.")
+            raise UnsupportedModel(
+                f"{name}: the {key} is computed in every pass, not stored. Make it a plain parameter first: {_remover(layer, key)}."
+            )
 
 
 def _remover(layer: nn.Module, key: str) -> str:
@@ -84,14 +88,14 @@ def _check_tensor(key: str, tensor: Tensor, is_stored: bool) -> None:
 
 
 def _said(error: Exception) -> str:
-    """Return an error's message, up to its first full stop."""
+    """Return an error's message up to its first full stop."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text.partition('. ')[0].rstrip('.')}."
 
 
 @dataclass(frozen=True)
 class ObservedPass:
-    """Hold what one pass of a network showed: its wiring, its output, each value's name and a checksum of its bytes, in order."""
+    """One pass of a network: its wiring, its output, and the name and checksum of each value, in order."""
 
     wiring: Wiring
     output: Any
@@ -99,15 +103,15 @@ class ObservedPass:
 
 
 def observed_pass(model: nn.Module, example: Batch) -> ObservedPass:
-    """Run `model` once on `example`; the result answers all that is asked of the pass later."""
+    """Run `model` once on `example`; all later questions about the pass are answered from the result."""
     values: list[tuple[str, int]] = []
     wiring, output = observe_outputs(model, example, lambda name, tensor: values.append((name, _checksum(tensor))))
     return ObservedPass(wiring, output, values)
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Return a CRC-32: it differs for certain where one number does, and where many do but for one chance in four billion."""
-    if torch._C._functorch.is_batchedtensor(tensor):  # its bytes cannot be had
+    """Return a CRC-32: it certainly differs if one number does, and with many differences it agrees by chance once in four billion."""
+    if torch._C._functorch.is_batchedtensor(tensor):  # its bytes are not accessible
         return 0
     flat = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
     return zlib.crc32(flat.view(torch.uint8).numpy().data)
@@ -116,11 +120,11 @@ def _checksum(tensor: Tensor) -> int:
 def moving_state(
     model: nn.Module, example: Batch, before: Mapping[str, Tensor], first: ObservedPass
 ) -> tuple[dict[str, Tensor | None], ObservedPass]:
-    """Run the network again; return (buffers that passes in evaluation mode change -> their values `before` any or None, the last pass).
+    """Run the network again; return (buffers changed by passes in evaluation mode -> values `before` any, or None; the last pass).
 
-    Outputs must not depend on such buffers. Raises UnsupportedModel where a pass changes a parameter, or where the same inputs give other
-    values the second time, on the way to the outputs: on other inputs the outputs may tell. What a network makes in its `first` pass
-    alone, and has in all others, is no difference: then a third pass is held against the second.
+    Outputs must not depend on such buffers. Raises UnsupportedModel if a pass changes a parameter, or if the same inputs lead to other
+    values the second time, on the way to the outputs: on other inputs, the outputs might differ. If only the `first` pass creates
+    something, a third pass is compared with the second.
     """
     try:
         last = observed_pass(model, example)
@@ -130,27 +134,27 @@ def moving_state(
             name = _first_difference(first, last)
     except Exception as error:
         raise UnsupportedModel(
-            f"The network runs once on an input and not again ({_said(error)}). Reset what it keeps in each pass."
+            f"The network runs once on an input and not again ({_said(error)}). Reset its state in each pass."
         ) from error
     moved = changed(before, model.state_dict())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in moved:
         if key in parameters:
             raise UnsupportedModel(
-                f"A pass in evaluation mode writes into {key}, whose codes could not stay. Let {_owner(key)} change it in training "
-                "alone (of an embedding: max_norm=None)."
+                f"A pass in evaluation mode changes {key}, so that its codes would not stay valid. Let {_owner(key)} change it in training "
+                "mode only (for an embedding: max_norm=None)."
             )
     if name is not None:
         note = f" It keeps {', '.join(moved)}." if moved else ""
         raise UnsupportedModel(
-            f"The same inputs give other outputs the second time, from {name} on: the network draws at random or keeps what it saw."
-            f"{note} Make it repeat itself in evaluation mode."
+            f"The same inputs give other outputs the second time, from {name} on: the network draws random numbers or keeps state."
+            f"{note} Make it deterministic in evaluation mode."
         )
     return moved, last
 
 
 def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Return the entries of a state that differ afterwards -> what they were before, if any."""
+    """Return the entries of a state that changed -> their earlier value, or None."""
     return {key: before.get(key) for key in {**before, **after} if not _same(before.get(key), after.get(key))}
 
 
@@ -165,7 +169,7 @@ def _owner(key: str) -> str:
 
 
 def _first_difference(first: ObservedPass, second: ObservedPass) -> str | None:
-    """Return the name of the first value that two passes make differently, of those that the outputs are made of."""
+    """Return the name of the first value in which two passes differ, among those on which the outputs depend."""
     wiring = first.wiring
     counts = set(wiring.output_values or (number for op in wiring.operations for number in op.outputs))
     for op in reversed(wiring.operations):
@@ -178,18 +182,18 @@ def _first_difference(first: ObservedPass, second: ObservedPass) -> str | None:
 
 
 def check_outputs(model: nn.Module, output: Tensor, example: Batch) -> None:
-    """Raise UnsupportedModel where what is read in the output on `example` is not real numbers with the rows of each sample in order."""
+    """Raise UnsupportedModel unless the tensors read from the output on `example` are real numbers, with each sample's rows in order."""
     if not output.is_floating_point():
         raise UnsupportedModel(
-            f"The network's first output is {output.dtype}, which cannot be compared in degrees. Let {type(model).__name__} return the "
-            "numbers that it decides by, such as logits, first."
+            f"The network's first output is {output.dtype}, which has no distance. Let {type(model).__name__} return the "
+            "numbers behind its decision, such as logits, first."
         )
     if example.reader is None and (not output.dim() or len(output) % len(example)):
         raise UnsupportedModel(_no_rows(model, output, len(example)))
 
 
 def check_rows(model: nn.Module, outputs: Sequence[Tensor], batches: Sequence[Batch], example: Batch) -> None:
-    """Raise UnsupportedModel where outputs do not have as many rows an input as on `example`."""
+    """Raise UnsupportedModel if outputs do not have as many rows per input as on `example`."""
     with torch.no_grad(), evaluating(model):
         rows = len(predict(model, example))
     for output, batch in zip(outputs, batches, strict=True):
@@ -199,14 +203,14 @@ def check_rows(model: nn.Module, outputs: Sequence[Tensor], batches: Sequence[Ba
 
 def _no_rows(model: nn.Module, output: Tensor, count: int) -> str:
     return (
-        f"The network's first output has shape {tuple(output.shape)} for {count} input(s), which is not so many rows an input. Let "
-        f"{type(model).__name__} return what it predicts of each input first"
+        f"The network's first output has shape {tuple(output.shape)} for {count} input(s), which are no rows per input. Let "
+        f"{type(model).__name__} return its prediction for each input first"
         + (", with flatten(1) in place of a squeeze() that drops a batch of one." if count == 1 else ".")
     )
 
 
 def check_differentiable(model: nn.Module, blocks: Iterable[str], example: Batch) -> None:
-    """Raise UnsupportedModel where no gradient flows back from the outputs, or from one of the blocks to what is inside."""
+    """Raise UnsupportedModel if no gradient flows back from the outputs, or from one of the blocks to its inside."""
     trial = copy.deepcopy(model)
     for parameter in trial.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -234,27 +238,27 @@ def check_differentiable(model: nn.Module, blocks: Iterable[str], example: Batch
     except AnybitError:
         raise
     except Exception as error:
-        raise UnsupportedModel(f"No gradient can be taken of the network's outputs: {_said(error)} Use --pipeline light.") from error
+        raise UnsupportedModel(f"The network's outputs cannot be differentiated: {_said(error)} Use --pipeline light.") from error
     if cut or not output.requires_grad:
         place = f"Block {cut[0]}" if cut else f"The forward of {type(model).__name__}"
         raise UnsupportedModel(
-            f"{place} lets no gradient through (no_grad, inference_mode or detach inside it), and all but --pipeline light needs one. "
-            "Take it out of the forward, or calibrate with --pipeline light."
+            f"{place} lets no gradient through (no_grad, inference_mode or detach inside it), and only --pipeline light works without one. "
+            "Remove it from the forward, or calibrate with --pipeline light."
         )
 
 
 @contextmanager
 def as_observed(model: nn.Module, expected: Mapping[str, int]) -> Iterator[None]:
-    """Require every pass inside to run each layer as often as the example did, `expected`; raise UnsupportedModel naming one that does
-    not."""
+    """Require every pass inside the block to run each layer as often as the example did, `expected`. Raises UnsupportedModel naming one
+    that does not."""
     calls: Counter[str] = Counter()
 
     def check(*_: Any) -> None:
         for name, count in expected.items():
             if calls[name] != count:
                 raise UnsupportedModel(
-                    f"Layer {name} runs {_times(calls[name])} on some inputs and {_times(count)} on others: the network chooses by its "
-                    f"inputs or by how many there are. Keep it float: --keep '{name}=float'."
+                    f"Layer {name} runs {_times(calls[name])} on some inputs and {_times(count)} on others: its forward depends on "
+                    f"the values or the number of its inputs. Keep it float: --keep '{name}=float'."
                 )
         calls.clear()
 

@@ -1,8 +1,8 @@
-"""A network rewritten so that layers compute what functions did: on weights that are no layer's, or products of two activations.
+"""Rewrite a network so that layers compute its functions: those on weights outside of layers, and products of two activations.
 
-One observed pass shows which functions each module calls itself, on activations and on what is made of parameters alone. A copy then gets
-a layer for each: a Linear or a convolution that holds the weight, a Matmul, or the layer whose weight the function took. What was done is a
-`Rewrite`, which a run's file holds, so that a network loaded without inputs can be rewritten alike.
+One observed pass shows which functions each module calls itself, on activations and on values computed from parameters alone. A copy then
+gets a layer for each: a Linear or convolution that holds the weight, a Matmul, or the layer whose weight the function read. The changes
+are recorded as a `Rewrite` in the run's file, so that a network loaded without inputs can be rewritten in the same way.
 """
 
 import itertools
@@ -31,7 +31,7 @@ ADDED: dict[str, type[nn.Module]] = {
 
 
 class AddedLayer(BaseModel):
-    """A layer that a rewrite adds: the name of its class and what it is made with."""
+    """A layer that a rewrite adds: its class name and constructor arguments."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     kind: str
@@ -47,18 +47,18 @@ class AddedLayer(BaseModel):
 
     @property
     def weights(self) -> int:
-        """Return how many numbers its weight has."""
+        """Return the number of weights."""
         return float_weight(self.make("meta")).numel()
 
     def make(self, device: torch.device | str | None) -> nn.Module:
-        """Make the layer; its weight is yet to be loaded."""
+        """Create the layer; its weight is loaded later."""
         settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()}
         with torch.device("meta"):
             return ADDED[self.kind](**settings).to_empty(device=device)
 
 
 class PlannedCall(BaseModel):
-    """A `FunctionCall` as a file holds it."""
+    """A `FunctionCall` as stored in a file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     function: str
@@ -68,10 +68,10 @@ class PlannedCall(BaseModel):
 
 
 class Rewrite(BaseModel):
-    """Turn a network into one whose layers compute its functions.
+    """Describe how a network is turned into one whose layers compute its functions.
 
     calls    module -> the functions that it calls itself, in order
-    layers   layer that is added -> how it is made
+    layers   added layer -> how it is created
     dropped  parameters that nothing reads any more
     """
 
@@ -82,21 +82,21 @@ class Rewrite(BaseModel):
 
 
 def calls_functions(model: nn.Module, wiring: Wiring) -> bool:
-    """Return whether there may be something to rewrite in a network: functions that layers could compute, in the pass that `wiring` is of
-    or hidden in a layer with a forward of its own."""
+    """Return whether a network may need a rewrite: `wiring` contains functions that layers could compute, or a layer with a custom forward
+    may hide one."""
     functions = {*ARGUMENTS, *SEEN_THROUGH}
     called = any(operation.kind in functions for operation in wiring.operations)
     return called or any(isinstance(module, COVERED) and type(module).forward is not _float_forward(module) for module in model.modules())
 
 
 def _float_forward(module: nn.Module) -> Any:
-    """Return the forward of the class that anybit covers, from which the module's own inherits."""
+    """Return the forward of the supported class from which the module's own class inherits."""
     return next(cls for cls in type(module).__mro__ if cls in COVERED).__dict__.get("forward")
 
 
 def rewritten(model: nn.Module, example: Batch) -> nn.Module:
-    """Return a copy of `model` whose layers compute what its functions did; the model itself where there is nothing to rewrite, where the
-    copy's outputs would not be the model's, and where the model refuses the inputs."""
+    """Return a copy of `model` whose layers compute its functions; the model itself if there is nothing to rewrite, if the copy's outputs
+    would differ, or if the model rejects the inputs."""
     if rewrite_of(model) is not None:
         return model
     batches = (example, example.head(1))
@@ -108,20 +108,20 @@ def rewritten(model: nn.Module, example: Batch) -> nn.Module:
         result = rewritten_as(model, plan.rewrite)
         _load(result, plan.values)
         outputs = [_run(copied(result), batch) for batch in batches]
-    except Exception:  # of a forward, whatever it likes: the pass that every network is observed in says what
+    except Exception:  # a forward may raise any error; the observing pass reports it
         return model
     return result if all(_alike(new, one.outputs) for new, one in zip(outputs, passes, strict=True)) else model
 
 
 def rewrite_of(model: nn.Module) -> Rewrite | None:
-    """Return the rewrite that made this network; None where nothing was rewritten."""
+    """Return the rewrite that created this network; None if nothing was rewritten."""
     return getattr(model, "_rewrite", None)
 
 
 def rewritten_as(model: nn.Module, rewrite: Rewrite) -> nn.Module:
-    """Return a copy of `model` with the layers of `rewrite`, whose weights are yet to be loaded; itself, where it is rewritten.
+    """Return a copy of `model` with the layers of `rewrite`, whose weights are loaded later; the model itself if it is already rewritten.
 
-    Raise SchemeMismatch where the model lacks a module or a parameter of it.
+    Raises SchemeMismatch if the model lacks one of its modules or parameters.
     """
     if rewrite_of(model) is not None:
         return model
@@ -135,8 +135,8 @@ def rewritten_as(model: nn.Module, rewrite: Rewrite) -> nn.Module:
     for name in rewrite.dropped:
         owner, key = model.get_submodule(owner_of(name)), name.rpartition(".")[2]
         parameter = owner._parameters.pop(key)
-        assert parameter is not None  # as its name was found
-        # Whatever reads it still shows in the outputs.
+        assert parameter is not None  # its name was looked up above
+        # If anything still reads it, the outputs show it.
         owner.register_buffer(key, torch.full((), torch.nan, device=device).expand(parameter.shape), persistent=False)
     for name, calls in rewrite.calls.items():
         call_layers(model.get_submodule(name), [FunctionCall(**{**dict(call), "layers": tuple(call.layers)}) for call in calls])
@@ -145,7 +145,7 @@ def rewritten_as(model: nn.Module, rewrite: Rewrite) -> nn.Module:
 
 
 def _leave_fused_paths(model: nn.Module) -> None:
-    """Let each layer of PyTorch's transformers run itself: their fused paths read the weights, in evaluation mode alone."""
+    """Disable the fused paths of PyTorch's transformers, which bypass the layers in evaluation mode."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
@@ -154,7 +154,7 @@ def _leave_fused_paths(model: nn.Module) -> None:
 
 
 def owner_of(name: str) -> str:
-    """Return the module of a parameter or a module."""
+    """Return the parent module of a parameter or a module."""
     return name.rpartition(".")[0]
 
 
@@ -175,7 +175,7 @@ def _run(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def _alike(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Return whether outputs are the same up to the order of float sums."""
+    """Return whether outputs agree up to the order of float sums."""
     return len(outputs) == len(others) and all(
         one.shape == other.shape
         and torch.allclose(one.float(), other.float(), 1e-3, 1e-3 * float(other.float().abs().nan_to_num().amax()), True)
@@ -185,13 +185,13 @@ def _alike(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     )
 
 
-# What becomes of each call
+# The plan of each call
 
 
 class _Plan:
-    """The rewrite that two passes of a network, on batches of two sizes, allow: a call that differs between them stays as it is.
+    """Plan a rewrite from two passes of a network, on batches of two sizes; a call that differs between them stays unchanged.
 
-    values   layer -> the weight and the bias that it gets
+    values   layer -> its weight and bias
     read     parameters that something still reads
     """
 
@@ -217,12 +217,12 @@ class _Plan:
         self.rewrite.dropped = [name for names in first.tied() if self._is_unread(names, absorbed) for name in names]
 
     def _is_unread(self, names: Sequence[str], absorbed: set[str]) -> bool:
-        """Return whether a parameter, by all its names, is in the added layers alone."""
+        """Return whether a parameter, under all its names, is only in the added layers."""
         layers = any(isinstance(self.first.model.get_submodule(owner_of(name)), COVERED) for name in names)
         return not layers and bool(absorbed & set(names)) and not self.read & set(names)
 
     def _call(self, owner: str, site: CallSite, other: CallSite) -> tuple[PlannedCall | None, list[Tensor]]:
-        """Return (the call with the layers that compute it, the tensors that are in those layers then); None where the function stays."""
+        """Return (the call with the layers that compute it, the tensors that these layers hold); None if the function stays."""
         operands, stays = site.operands, (None, list[Tensor]())
         if not site.plain or any(operand.dtype != torch.float32 or operand.dim() < 2 for operand in operands):
             return stays
@@ -247,11 +247,11 @@ class _Plan:
         return PlannedCall(function=site.function, layers=[layer], batch_second=second), [operands[1], *([] if bias is None else [bias])]
 
     def _is_weight(self, tensor: Tensor, other: Tensor | None) -> bool:
-        """Return whether a tensor is made of parameters, and the same for each input."""
+        """Return whether a tensor is computed from parameters, and equal for every input."""
         return id(tensor) in self.first.sources and other is not None and tensor.shape == other.shape and torch.equal(tensor, other)
 
     def _own_weight(self, owner: str, site: CallSite, other: CallSite) -> tuple[PlannedCall | None, list[Tensor]]:
-        """Plan a layer that computes with a weight made of its own, such as a standardized one: it gets what it computes with."""
+        """Plan a layer for a weight that the module computes from its own, such as a standardized one: the layer holds the result."""
         weight, own = site.operands[1], dict(self.first.model.named_parameters())[f"{owner}.weight"]
         if weight is own or weight.shape != own.shape or not self._is_weight(weight, other.operands[1]) or owner in self.values:
             return None, []
@@ -259,11 +259,11 @@ class _Plan:
         return PlannedCall(function=site.function, layers=[""]), [weight]
 
     def _products(self, owner: str, site: CallSite) -> list[str]:
-        """Add the Matmuls of a product of activations; none where it is no matrix product."""
+        """Add the Matmuls of a product of activations; none if it is not a matrix product."""
         if site.function == ATTENTION:
             return [self._matmul(owner, "scores", transposed=True), self._matmul(owner, "mixture", transposed=False)]
         left, right = site.operands
-        if site.function not in PRODUCTS:  # an operand of a convolution is the weight
+        if site.function not in PRODUCTS:  # one operand of a convolution is a weight
             return []
         of = contraction(site.arguments.get("equation"), left.dim(), right.dim())
         named = "equation" in site.arguments
@@ -275,7 +275,7 @@ class _Plan:
         return self._add(owner, name, AddedLayer(kind="Matmul", settings={"transposed": transposed}))
 
     def _weighted(self, owner: str, site: CallSite, index: int) -> tuple[PlannedCall | None, list[Tensor]]:
-        """Plan a product with a weight: a linear, or one for each of several experts."""
+        """Plan a product with a weight: one linear, or one for each expert."""
         left, right = site.operands
         of = contraction(site.arguments.get("equation"), left.dim(), right.dim())
         if of is None or of.broadcasts(left.shape, right.shape):
@@ -288,8 +288,8 @@ class _Plan:
         return PlannedCall(function=site.function, layers=layers, weight=index), [weight, *([] if bias is None else [bias])]
 
     def _child(self, owner: str, site: CallSite) -> str | None:
-        """Return the path of the linear inside the module whose weight `F.linear` takes, and that itself does not run; it gets the bias
-        that the function takes."""
+        """Return the path of the linear inside the module whose weight `F.linear` reads and that does not run itself; it gets the
+        function's bias."""
         weight, bias = site.arguments["weight"], site.arguments.get("bias")
         name = owner_of(self.first.parameters.get(id(weight), ""))
         inside = name != owner and (not owner or name.startswith(f"{owner}."))
@@ -304,7 +304,7 @@ class _Plan:
     def _added(
         self, owner: str, site: CallSite, layer: AddedLayer, weight: Tensor, bias: Tensor | None, source: Tensor | None = None
     ) -> str:
-        """Add a layer of this weight and bias, called after the parameter that the weight comes from."""
+        """Add a layer with this weight and bias, named after the weight's parameter."""
         names = self.first.weights_behind([weight if source is None else source])
         name = min(names).removeprefix(f"{owner}.") if len(names) == 1 else ""
         name = name.replace(".", "_").removesuffix("weight").strip("_") or layer.kind.lower()
@@ -313,7 +313,7 @@ class _Plan:
         return path
 
     def _add(self, owner: str, name: str, layer: AddedLayer) -> str:
-        """Add a layer under a name like this that is free, which is returned."""
+        """Add a layer under `name` or, if that is taken, a similar name, which is returned."""
         module, prefix = self.first.model.get_submodule(owner), f"{owner}." if owner else ""
         if hasattr(module, name) and prefix + name not in self.rewrite.layers:
             name = f"{name}_{layer.kind.lower()}"

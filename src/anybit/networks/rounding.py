@@ -1,7 +1,7 @@
-"""Edges rounded to 8 bits wherever a network makes them: what an integer runtime does between layers, as the network itself runs.
+"""Edges rounded to 8 bits when a network computes them, as an integer runtime does between layers.
 
-The network's class becomes a subclass of its own, as layers' do, which runs it under the observer that names operations (`wiring`) and
-rounds the values that are edges. A forward of the user's own keeps running and every state-dict key stays.
+The network's class becomes a subclass of its own, as layers' classes do, which runs it under the observer that names operations (`wiring`)
+and rounds the values that are edges. A custom forward keeps running and every state-dict key stays.
 """
 
 import functools
@@ -20,21 +20,21 @@ Grid = tuple[float, int]
 
 
 class RoundedNetwork(nn.Module):
-    """Mixin of the class of a network that rounds edges: name -> grid. The class is the network's alone, so that whatever copies the
-    network, by a method of its own too, keeps the grids."""
+    """Mixin of the class of a network that rounds edges: name -> grid. Each such network has a class of its own, so that any copy of it,
+    also by a custom method, keeps the grids."""
 
     edge_grids: Mapping[str, Grid] = {}
     float_class: type[nn.Module] = nn.Module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Not the class's forward: a network may have one of its own in an attribute.
+        # Not the class's forward: a network may have a custom one in an attribute.
         return run_replacing(self, super().__call__, args, kwargs, self.round_edge)
 
-    def __reduce__(self) -> tuple:  # by the float class, which is found under its name
+    def __reduce__(self) -> tuple:  # by the float class, which can be imported by name
         return _new_rounded, (self.float_class, dict(self.edge_grids)), self.__dict__
 
     def round_edge(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Return the tensor rounded, if it is an edge."""
+        """Return the tensor rounded if it is an edge, else None."""
         grid = self.edge_grids.get(name)
         if grid is None or not tensor.is_floating_point():
             return None
@@ -53,7 +53,7 @@ def _new_rounded(cls: type[nn.Module], grids: Mapping[str, Grid]) -> RoundedNetw
 
 
 def rounded_values(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Run `model` on a batch and return its edges as they are rounded, by name; of one that rounds none, none."""
+    """Run `model` on a batch and return its rounded edges by name; {} if it rounds none."""
     shown: dict[str, Tensor] = {}
 
     def keep(rounding: Callable[..., Tensor | None], name: str, tensor: Tensor) -> Tensor | None:
@@ -63,7 +63,7 @@ def rounded_values(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return rounded
 
     if isinstance(model, RoundedNetwork):
-        model.__dict__["round_edge"] = functools.partial(keep, model.round_edge)  # before the class's own
+        model.__dict__["round_edge"] = functools.partial(keep, model.round_edge)  # takes precedence over the class's own
     try:
         with torch.no_grad():
             call(model, batch.inputs)

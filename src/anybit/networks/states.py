@@ -22,15 +22,15 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor | None]) -> None:
-    """Put buffers back to what they were."""
+    """Restore buffers to the values in `state`, in place."""
     for key, tensor in state.items():
         owner, _, buffer = key.rpartition(".")
         setattr(model.get_submodule(owner), buffer, None if tensor is None else tensor.clone())
 
 
 def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return what is in these layers of a canonical model, by name, for a file: codes, ranges and biases, float weights where there are no
-    codes."""
+    """Return the contents of these layers of a canonical model by name, to be stored: codes, ranges and biases, or float weights for layers
+    without codes."""
     held = Candidates()
     floats: dict[str, Tensor] = {}
     layers = quantized_layers(model)
@@ -49,13 +49,13 @@ def snapshot(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_back(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-    """Put what `snapshot` gave back, in place, into layers of the same bits. Raises InvalidFile where it is of others."""
+    """Restore the result of `snapshot`, in place, in layers of the same bits. Raises InvalidFile if it does not fit them."""
     quantized = quantized_layers(model)
     layers = {name: quantized[name] for name in names}
     floats = {f"{name}|{part}" for name in layers for part in ("weight", "bias")}
     shapes = {name: rows_shape(layer) for name, layer in layers.items()}
     held = from_tensors({key: tensor for key, tensor in tensors.items() if key not in floats}, shapes)
-    changes: list[tuple[Tensor, Tensor]] = []  # all are found before the first is made
+    changes: list[tuple[Tensor, Tensor]] = []  # all are checked before the first is applied
     for name, layer in layers.items():
         weights, inputs = layer.weight_quantizer, layer.input_quantizer
         if isinstance(weights, UniformQuantizer):
@@ -81,14 +81,14 @@ def put_back(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tenso
 
 
 def check_sizes(layers: Mapping[str, nn.Module]) -> None:
-    """Raise UnsupportedModel naming the first layer whose weight or bias, folded, is too large to be quantized."""
+    """Raise UnsupportedModel naming the first layer whose weight or bias, after folding, is too large to be quantized."""
     for name, layer in layers.items():
         for key, tensor in (("weight", float_weight(layer)), ("bias", float_bias(layer))):
             largest = 0.0 if tensor is None or not tensor.numel() else float(tensor.detach().abs().max())
             if not largest <= LARGEST:
                 raise UnsupportedModel(
-                    f"{name}: the {key}, its batch norm folded into it where there is one, reaches {largest:.3g}; the multiples of a scale "
-                    f"for more than {LARGEST:.1g} are no float32. Repair the network, or --keep '{name}=float'."
+                    f"{name}: the {key}, with its batch norm folded in, reaches {largest:.3g}; a scale for values "
+                    f"beyond {LARGEST:.1g} overflows float32. Repair the network, or --keep '{name}=float'."
                 )
 
 
@@ -112,7 +112,7 @@ STORED_TYPES = {
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
-    """Stored type and shape of a tensor."""
+    """Return the stored type and shape of a tensor."""
     return TensorSpec(STORED_TYPES[tensor.dtype], tuple(tensor.shape))
 
 
@@ -131,7 +131,7 @@ def leftovers(prepared: nn.Module, names: list[str]) -> tuple[dict[str, torch.Te
 
 
 def check_state(model: nn.Module, path: Path) -> None:
-    """Raise InvalidFile naming the first tensor of a loaded model that is not finite, or a variance below zero."""
+    """Raise InvalidFile naming the first tensor of a loaded model that is not finite, or the first negative variance."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InvalidFile(f"{path}: {name} would hold NaN or infinity. Restore the file or run again.")

@@ -1,8 +1,8 @@
-"""Observe in one forward pass which operation feeds which.
+"""Observe in one forward pass which operation reads which values.
 
-A TorchFunctionMode sees module calls and plain functions alike, so control flow, functional activations and in-place sums are all
-in the picture, without tracing the model or asking it to be traceable. From the operations follow the batch norm and the activation
-after each layer, every tensor's readers, the joins, the blocks, and the shapes that costs are counted from.
+A TorchFunctionMode sees module calls and plain functions alike. Control flow, functional activations and in-place sums are therefore
+covered without tracing the model. The operations determine the batch norm and the activation after each layer, every tensor's readers,
+the joins, the blocks, and the shapes from which costs are computed.
 """
 
 import operator
@@ -41,22 +41,22 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "mish": F.mish, "clamp": torch.clamp, "clip": torch.clamp,
 }  # fmt: skip
 ESCAPES = {"item", "tolist", "numpy", "array", "bool", "float", "int", "index", "equal", "allclose", "is_nonzero"}
-"""Functions that read values and give back no tensor."""
+"""Functions that read values and return no tensor."""
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}
-"""Activations that only bound values: after them fewer values are left, none is new."""
+"""Activations that only bound values, and so create no new ones."""
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-"""Arguments that hold nothing of a batch."""
+"""Arguments that depend on no batch."""
 MOVES = RESHAPES | {"max_pool1d", "max_pool2d", "max_pool3d", "identity"}
-"""Functions whose output holds only numbers of their input, as padding with zeros does, too."""
+"""Functions whose output contains only numbers of their input, or zeros from padding."""
 
 
 def name_of_call(module: str, call: int) -> str:
-    """Return the name of a module's call, counted from 1: its own of the first."""
+    """Return the name of a module's call, counted from 1; the first call has the module's own name."""
     return module if call == 1 else f"{module}#{call}"
 
 
 def module_of_call(name: str) -> str:
-    """Return the module whose call `name` is."""
+    """Return the module of the call `name`."""
     module, mark, number = name.rpartition("#")
     return module if mark and number.isdecimal() else name
 
@@ -65,18 +65,18 @@ def module_of_call(name: str) -> str:
 class Operation:
     """Describe one observed step: a layer, a batch norm, or a function.
 
-    name      the module's own name for a layer or batch norm, else "block/add", numbered where a block adds twice
+    name      the module's own name for a layer or batch norm, else "block/add", numbered if a block adds twice
     kind      LAYER or BATCH_NORM for a module, else the bare name of a function ("add" for +, += and torch.add)
     owner     the innermost module whose forward ran it; "" is the root
-    inputs    the values read, by number; values count up from the model's inputs in order of making
-    outputs   the values made
-    shape     of the first output, batch included
-    function  for an activation: the out-of-place function of one tensor
-    call      of a module: which of its calls it is, from 1
+    inputs    numbers of the values that it reads; values are numbered in order of creation, starting with the model's inputs
+    outputs   numbers of the values that it creates
+    shape     shape of the first output, including the batch
+    function  of an activation: the out-of-place function of one tensor
+    call      of a module: which of its calls this is, from 1
     within    of a layer: the modules whose forwards were running, outermost first
-    read      of a layer: the shape of the first tensor that it reads, batch included
-    moves     whether the output holds only numbers of the input, and zero
-    constants tensors of several numbers among the operands that are no observed values: weights, masks, buffers
+    read      of a layer: the shape of the first tensor that it reads, including the batch
+    moves     whether the output contains only numbers of the input, and zeros
+    constants tensors of several numbers among the operands that are not observed values: weights, masks, buffers
     """
 
     name: str
@@ -94,18 +94,19 @@ class Operation:
 
     @property
     def edge(self) -> str:
-        """The name of its first output's values, which each call of a module has for itself."""
+        """Return the name of its first output's value; each call of a module has its own."""
         return name_of_call(self.name, self.call)
 
     @property
     def clamps(self) -> bool:
-        """Return whether it does no more than to bound one value."""
+        """Return whether it only bounds one value."""
         return self.kind in CLAMPS and len(self.inputs) == 1 and not self.constants
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Name a layer or a block whose output is reconstructed at once; `name` is the module to run, `layers` those in it, in call order.
+    """Describe a layer or a block whose output is reconstructed as a whole: `name` is the module to run, `layers` those in it, in call
+    order.
 
     A layer may run in several `calls` of a pass.
     """
@@ -117,25 +118,25 @@ class Unit:
 
 @dataclass(frozen=True)
 class _Place:
-    """Stand for a tensor among a module's arguments, and name its value."""
+    """Stand for the value of a tensor among a module's arguments."""
 
     value: int | None
 
 
 @dataclass(frozen=True)
 class SoleInput:
-    """The one tensor that a module reads: its value, and the module's (args, kwargs), in which a place stands for it."""
+    """Describe the one tensor that a module reads: its value, and the module's (args, kwargs) with a placeholder for it."""
 
     value: int
     places: tuple[tuple, dict]
 
     def filled(self, item: Any) -> tuple[tuple, dict]:
-        """Return (args, kwargs) with `item` in the tensor's place."""
+        """Return (args, kwargs) with `item` in place of the placeholder."""
         return map_leaves(self.places, _Place, lambda _: item)
 
 
 def _leaves(value: Any) -> list[Any]:
-    """List what is in nested tuples, lists and dicts."""
+    """List the contents of nested tuples, lists and dicts."""
     if isinstance(value, Mapping):
         return [leaf for item in value.values() for leaf in _leaves(item)]
     if isinstance(value, (tuple, list)):
@@ -145,8 +146,8 @@ def _leaves(value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Wiring:
-    """The record of one forward pass. Lookups are by name; `calls` counts how often each module ran, and `module_outputs` are what it gave
-    in each call, where all are tensors."""
+    """Hold the record of one forward pass. Lookups are by name; `calls` counts how often each module ran, and `module_outputs` are its
+    outputs in each call, if all are tensors."""
 
     operations: tuple[Operation, ...]
     calls: dict[str, int]
@@ -156,21 +157,21 @@ class Wiring:
     batch_size: int
     classes: dict[str, str] = field(default_factory=dict)
     module_inputs: dict[str, "SoleInput"] = field(default_factory=dict)
-    """Modules that read one tensor beside plain values."""
+    """Modules that read one tensor and otherwise only plain values."""
     escaped: frozenset[int] = frozenset()
-    """Values that something reads which is no operation here: a comparison, an index, a number taken out."""
+    """Values read by something that is not an operation here: a comparison, an index, a number taken out."""
     surroundings: dict[str, str] = field(default_factory=dict)
-    """Layer -> what is around it in the forward and would not be when it is run alone (vmap, autocast, gradients)."""
+    """Layer -> the context of its forward that is lost when it runs alone (vmap, autocast, gradients)."""
     read_weights: frozenset[str] = frozenset()
-    """Layers whose weight or bias something besides them reads."""
+    """Layers whose weight or bias is also read elsewhere."""
     channels_second: dict[int, str] = field(default_factory=dict)
-    """Value that a batch norm reads -> the layer whose channels, all of them and in order, are its second dimension."""
+    """Value that a batch norm reads -> the layer whose channels, complete and in order, are its second dimension."""
     outputs: tuple[int | None, ...] = ()
-    """The value of each tensor of the output, in order; None of one that no operation has made."""
+    """Value of each tensor of the output, in order; None for a tensor that no operation computed."""
 
     @cached_property
     def _by_name(self) -> dict[str, Operation]:
-        return {operation.name: operation for operation in reversed(self.operations)}  # the first of a name stays
+        return {operation.name: operation for operation in reversed(self.operations)}  # the first of each name wins
 
     @cached_property
     def _by_input(self) -> dict[int, list[Operation]]:
@@ -189,7 +190,7 @@ class Wiring:
         return frozenset(self.output_values) | self.escaped
 
     def operation(self, name: str) -> Operation:
-        """Return the (first) operation of that name."""
+        """Return the (first) operation with that name."""
         return self._by_name[name]
 
     def runs(self, layer: str) -> list[Operation]:
@@ -209,17 +210,18 @@ class Wiring:
         return self._by_input.get(value, [])
 
     def maker(self, value: int) -> Operation | None:
-        """Return the operation that makes `value`; None of the model's inputs."""
+        """Return the operation that computes `value`; None for the model's inputs."""
         return self._by_output.get(value)
 
     def only_reader(self, value: int) -> Operation | None:
-        """Return the one operation that reads `value`, where nothing else does and the model does not give it out."""
+        """Return the only operation that reads `value`; None if there are several, or if the model returns the value."""
         readers = self.readers(value)
         return readers[0] if len(readers) == 1 and value not in self._given_out else None
 
-    def layers_behind(self, places: Sequence[int] | None = None) -> set[str]:
-        """Return the layers that the outputs at `places`, all where None, are computed from."""
+    def layers_behind(self, places: Sequence[int] | None = None, escaped: bool = False) -> set[str]:
+        """Return the layers on which the outputs at `places` (None: all) depend, and if `escaped`, those on which escaped values do."""
         reached = {value for place, value in enumerate(self.outputs) if places is None or place in places}
+        reached |= self.escaped if escaped else set()
         behind = set()
         for op in reversed(self.operations):
             if reached & set(op.outputs):
@@ -228,11 +230,11 @@ class Wiring:
         return behind
 
     def layer_names(self) -> list[str]:
-        """Return layers of a covered class that ran, in order of their first call."""
+        """Return the layers of a supported class that ran, in order of their first call."""
         return list(dict.fromkeys(op.name for op in self.operations if op.kind == LAYER))
 
     def batch_norm_after(self, layer: str) -> str | None:
-        """Return the batch norm that alone reads this layer's output and normalizes its channels, both called once; None where there is
+        """Return the batch norm that alone reads this layer's output and normalizes its channels, both called once; None if there is
         none."""
         value = self.operation(layer).outputs[0]
         reader = self.only_reader(value)
@@ -244,10 +246,10 @@ class Wiring:
         return reader.name if self.channels_second.get(value) == layer else None
 
     def activation_after(self, module: str) -> Callable[[Tensor], Tensor] | None:
-        """Return the activation that alone reads this module's output (seen through its batch norm), or None; of one that runs several
-        times, what reads all its outputs alike.
+        """Return the activation that alone reads this module's output (directly or after its batch norm), or None. For a module that runs
+        several times, all its outputs must be read by the same activation.
 
-        A ReLU after a residual sum is the sum's, not the convolution's: the sum stands between them here as in the network.
+        A ReLU after a residual sum belongs to the sum, not to the convolution: the sum stands between them here as in the network.
         """
         first, *others = [self._activation_of(value) for value in self.module_outputs.get(module, ())] or [None]
         return first if all(_alike(first, other) for other in others) else None
@@ -259,7 +261,7 @@ class Wiring:
         return None if reader is None else reader.function
 
     def feeds(self, first: str, second: str) -> bool:
-        """Return whether all that module `second` reads is what `first` gives, through the activation after it where there is one."""
+        """Return whether module `second` reads only the output of `first`, through the activation after it if there is one."""
         if self.calls.get(first) != 1 or self.calls.get(second) != 1 or first not in self.module_outputs:
             return False
         (value,) = self.module_outputs[first]
@@ -283,22 +285,22 @@ class Wiring:
         return [op for op in self.operations if op.kind in FUNCTIONS]
 
     def blocks(self, named: list[str] | None = None) -> list[str]:
-        """Return the modules to reconstruct whole: the innermost ones whose forward joins values, and others of the same class.
+        """Return the modules to reconstruct as a whole: the innermost ones whose forward joins values, and others of the same class.
 
-        A join in the root makes no block; of two nested candidates the inner one stays. One that shares a layer with what is outside of it
-        is none. `named` are taken instead where given.
+        A join in the root makes no block; of two nested candidates the inner one wins. A module that shares a layer with the outside is not
+        a block. `named` replaces this choice.
         """
         if named is not None:
             return self._check_blocks(named)
         joining = {op.owner for op in self.joins() if op.owner}
-        # The first block of a stage often has no shortcut and so no join: its class tells that it is one of the kind.
+        # The first block of a stage often has no shortcut and hence no join, but it has the same class as the others.
         kinds = {self.classes[name] for name in joining}
         candidates = {name for name, count in self.calls.items() if name and count == 1 and self.classes[name] in kinds}
         candidates = {name for name in candidates | joining if self._is_whole(name)}
         return [name for name in self.calls if name in candidates and not any(_inside(other, name) for other in candidates)]
 
     def _is_whole(self, module: str) -> bool:
-        """Return whether a module runs once, gives one tensor, and runs all calls of the layers in it and of no others."""
+        """Return whether a module runs once, returns one tensor, and runs all calls of the layers in it and of no others."""
         runs_once = self.calls.get(module) == 1 and module in self.module_outputs
         return runs_once and all(_inside(op.name, module) == (module in op.within) for op in self.operations if op.kind == LAYER)
 
@@ -306,7 +308,7 @@ class Wiring:
         for name in named:
             if not self._is_whole(name):
                 raise InvalidSetting(
-                    f"Block {name!r} is not a module that runs once, returns one tensor and shares no layer. Name a submodule that does."
+                    f"Block {name!r} is not a module that runs once, returns one tensor and shares no layer. Name a submodule that is."
                 )
             nested = [other for other in named if _inside(other, name)]
             if nested:
@@ -322,9 +324,10 @@ class Wiring:
         return [Unit(name, tuple(members), self.calls[name]) for name, members in units.items()]
 
     def edges(self) -> list[str]:
-        """Return the names of the tensors that a runtime keeps as integers: the inputs ("input/0", ...) and each operation's output.
+        """Return the names of the tensors that a runtime may hold as integers: the inputs ("input/0", ...) and each operation's output.
 
-        Left out are reshapes (their input's range holds), and what only a clamp reads (ReLU; the clamp's output is the edge).
+        Reshapes are left out (their input's range applies), and so are values that only a clamp reads (ReLU; the clamp's output is the
+        edge).
         """
         names = [f"input/{index}" for index in range(len(self.input_values))]
         for op in self.operations:
@@ -339,7 +342,7 @@ def _inside(name: str, block: str) -> bool:
 
 
 def _alike(one: Callable[[Tensor], Tensor] | None, other: Callable[[Tensor], Tensor] | None) -> bool:
-    """Return whether two activations are the same function, by their values."""
+    """Return whether two activations compute the same function, judged by their values."""
     x = torch.linspace(-10, 10, 1001)
     return one is other or (one is not None and other is not None and torch.equal(one(x), other(x)))
 
@@ -347,23 +350,23 @@ def _alike(one: Callable[[Tensor], Tensor] | None, other: Callable[[Tensor], Ten
 def observe(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], None] | None = None) -> Wiring:
     """Run `model` once on `batch`, in evaluation mode and without gradients, and return its wiring.
 
-    `on_value(name, tensor)` is called with every named value as it is made ("input/0", ..., then each operation's first output).
-    Raise InvalidInput where the model refuses the batch, UnsupportedModel where it gives back no tensor.
+    `on_value(name, tensor)` is called with every named value when it is computed ("input/0", ..., then each operation's first output).
+    Raises InvalidInput if the model rejects the batch, UnsupportedModel if it returns no tensor.
     """
     return observe_outputs(model, batch, on_value)[0]
 
 
 def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Tensor], None] | None = None) -> tuple[Wiring, Any]:
-    """Do the same and return (wiring, the model's output), so that the output needs no pass of its own."""
+    """Return (wiring, the model's output) of one pass as in `observe`, so that the output needs no pass of its own."""
     observer = _Observer(model, on_value)
-    batch = replace(batch, inputs=map_tensors(batch.inputs, Tensor.clone))  # the forward may write into them
+    batch = replace(batch, inputs=map_tensors(batch.inputs, Tensor.clone))  # the forward may modify them
     try:
         with torch.no_grad(), evaluating(model), observer.hooks(), observer, plainly():
             observer.begin(batch)
             output = run(model, batch.inputs)
     except (InvalidInput, UnsupportedModel):
         raise
-    except Exception as error:  # a model's own checks raise whatever they like
+    except Exception as error:  # a model's own checks may raise any error
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(batch.inputs))
         remedy = "Check --data, --size and the model's own input shape."
         said = " ".join(str(error).split())
@@ -376,7 +379,7 @@ _PLAIN = ContextVar("plain", default=False)
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Let `run_replacing` replace nothing: what is observed is the network itself."""
+    """Disable `run_replacing` inside the block, so that the network itself is observed."""
     token = _PLAIN.set(True)
     try:
         yield
@@ -387,8 +390,8 @@ def plainly() -> Iterator[None]:
 def run_replacing(
     model: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict, replace: Callable[[str, Tensor], Tensor | None]
 ) -> Any:
-    """Run `forward` of `model` with what `replace(name, tensor)` gives in place of values, by the names that `observe` has for them; None
-    leaves a value. Under `observe` nothing is replaced."""
+    """Run `forward` of `model` and replace values by the results of `replace(name, tensor)`, with the names of `observe`; None
+    leaves a value unchanged. Nothing is replaced during `observe`."""
     if _PLAIN.get():
         return forward(*args, **kwargs)
     observer = _Replacer(model, replace)
@@ -402,12 +405,12 @@ def run_replacing(
 
 
 class _Namer(TorchFunctionMode):
-    """Name every value as it is made."""
+    """Name every value when it is computed."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.values: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # a live tensor -> number of the value that it holds now
+        self.values: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # a live tensor -> number of its current value
         self.made = 0
         self.stack: list[str] = [""]
         self.inside_leaf = 0
@@ -416,7 +419,7 @@ class _Namer(TorchFunctionMode):
         self.norms = {id(module) for module in model.modules() if is_norm(module)}
 
     def hooks(self) -> ExitStack:
-        """Put hooks on every module, taken off when the stack closes."""
+        """Put hooks on every module, removed when the stack closes."""
         stack = ExitStack()
         for name, module in self.model.named_modules():
             if name:
@@ -430,7 +433,7 @@ class _Namer(TorchFunctionMode):
         self.inside_leaf += self._is_leaf(module)
 
     def _leave(self, name: str, module: nn.Module, args, kwargs, output) -> Any:
-        """Return the output of a module, which a leaf's is recorded."""
+        """Record the output of a leaf module; returns the output."""
         self.stack.pop()
         if self._is_leaf(module):
             self.inside_leaf -= 1
@@ -443,31 +446,31 @@ class _Namer(TorchFunctionMode):
         return isinstance(module, COVERED) or id(module) in self.norms
 
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> Any:
-        raise AssertionError("each kind of observer records in its own way")
+        raise AssertionError("subclasses record")
 
     def _named(self, name: str, kind: str) -> tuple[str, int]:
-        """Return (the name of an operation, which of the calls of its module it is)."""
+        """Return (the name of an operation, the index of its module's call)."""
         if kind in (LAYER, BATCH_NORM):
             return name, self.calls[name]
         count = self.names[name] = self.names.get(name, 0) + 1
         return (name if count == 1 else f"{name}.{count}"), 1
 
     def _new_value(self, tensor: Tensor) -> int:
-        """Number a value. An in-place operation gives its tensor a new number: whoever read it before read another value."""
+        """Number a value. An in-place operation gives its tensor a new number: earlier readers read another value."""
         self.values[tensor] = self.made
         self.made += 1
         return self.made - 1
 
 
 class _Replacer(_Namer):
-    """Put others in place of some values, as a network that rounds its edges does in every run: nothing is noted, no tensor kept."""
+    """Replace some values in every run of a network that rounds its edges; nothing is recorded and no tensor is kept."""
 
     def __init__(self, model: nn.Module, replace: Callable[[str, Tensor], Tensor | None]):
         super().__init__(model)
         self.replace = replace
 
     def begin_with(self, name: str, tensor: Tensor) -> Tensor:
-        """Number one of the network's inputs and return what replaces it."""
+        """Number one of the network's inputs and return its replacement."""
         self._new_value(tensor)
         return self._replaced(name, tensor, False)
 
@@ -487,7 +490,7 @@ class _Replacer(_Namer):
         return output if kind == "setitem" else shown
 
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> Any:
-        """Name the values that an operation made; returns its output, or what replaces it."""
+        """Name the values that an operation computed; returns its output or the replacement."""
         name, tensors = name_of_call(*self._named(name, kind)), tensors_in(output)
         for tensor in tensors:
             self._new_value(tensor)
@@ -497,13 +500,13 @@ class _Replacer(_Namer):
         return shown if isinstance(output, Tensor) else output
 
     def _replaced(self, name: str, tensor: Tensor, in_place: bool) -> Tensor:
-        """Return what replaces a value; of an operation `in_place` the tensor itself, since others may hold it."""
-        self.inside_leaf += 1  # what is computed of it is no part of the network
+        """Return the replacement of a value; after an `in_place` operation the tensor itself, since others may hold it."""
+        self.inside_leaf += 1  # its computation is not part of the network
         replaced = self.replace(name, tensor)
         if replaced is not None:
             if in_place and not tensor.requires_grad:
                 tensor.copy_(replaced)
-            else:  # a graph of gradients forbids to write into what it holds
+            else:  # autograd forbids writing into tensors that it has saved
                 self.values[replaced] = self.values[tensor]
                 tensor = replaced
         self.inside_leaf -= 1
@@ -511,7 +514,7 @@ class _Replacer(_Namer):
 
 
 class _Observer(_Namer):
-    """Note all that happens in a pass. Every tensor is kept alive for it."""
+    """Record all operations of a pass. Every tensor is kept alive for it."""
 
     def __init__(self, model: nn.Module, on_value: Callable[[str, Tensor], None] | None):
         super().__init__(model)
@@ -528,7 +531,7 @@ class _Observer(_Namer):
         self.weights = {id(parameter): name for name, module in layers for parameter in module.parameters(recurse=False)}
         self.read_weights: set[str] = set()
         self.channels_last = {name for name, module in layers if type_of(module).channels_last}
-        self.marks: dict[int, tuple[str, int, Tensor]] = {}  # value -> a layer, its number of channels, and where in the value each is
+        self.marks: dict[int, tuple[str, int, Tensor]] = {}  # value -> (layer, number of channels, channel index at each place)
         self.channels_second: dict[int, str] = {}
 
     def begin(self, batch: Batch) -> None:
@@ -555,7 +558,7 @@ class _Observer(_Namer):
         if isinstance(module, COVERED):
             read = tensors_in((args, kwargs))
             if not read and type_of(module).reads_numbers:
-                raise UnsupportedModel(f"Layer {name} runs on no tensor. Give it one, or take the layer out.")
+                raise UnsupportedModel(f"Layer {name} receives no tensor. Pass it one, or remove the layer.")
             self.shapes_read[name] = tuple(read[0].shape) if read else ()
             if read and (how := surroundings_of(read[0])):
                 self.surroundings[name] = how
@@ -580,14 +583,14 @@ class _Observer(_Namer):
             tensors = tensors_in(made)
             if not tensors and kind not in ESCAPES:  # a shape, a type, a device: most calls
                 return output
-            arguments = (args[:1] if kind.endswith("_as") else args), kwargs  # of the other a shape or a type is read
+            arguments = (args[:1] if kind.endswith("_as") else args), kwargs  # only a shape or type of the other is read
             reads = [tensor for tensor in tensors_in(arguments) if tensor in self.values]
             makes = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
             self.read_weights.update(self.weights[id(tensor)] for tensor in tensors_in(arguments) if id(tensor) in self.weights)
             if not makes:
                 self.escaped.update(self.values[tensor] for tensor in reads)
             if reads and kind == "add" and _adds_zero(args, kwargs):
-                self._named(f"{owner}/{kind}".lstrip("/"), kind)  # those after it keep their names
+                self._named(f"{owner}/{kind}".lstrip("/"), kind)  # so that later operations keep their names
                 self._alias(output, reads[0])
             elif reads and makes:
                 marked = self.marks.get(self.values[reads[0]]) if kind in RESHAPES else None
@@ -597,20 +600,20 @@ class _Observer(_Namer):
         return output
 
     def _alias(self, output: Tensor, value: Tensor) -> None:
-        """Take what an operation gives for the value that it has read, which it leaves as it is."""
+        """Give the output of an operation that changes nothing the number of its input."""
         if output is not value:
             self.alive.append(output)
             self.values[output] = self.values[value]
 
     def _mark(self, marked: tuple[str, int, Tensor], outputs: list[Tensor], func, args: tuple, kwargs: dict) -> None:
-        """Reshape the marks of what an operation has read as it has reshaped its values."""
+        """Reshape the channel marks of an operation's input as the operation reshaped its values."""
         layer, count, marks = marked
-        with suppress(Exception):  # where the values are no first argument, they are lost sight of
+        with suppress(Exception):  # if the values are not the first argument, their channels are unknown
             moved = tensors_in(func(marks, *args[1:], **kwargs))
             self.marks |= {self.values[output]: (layer, count, mark) for output, mark in zip(outputs, moved, strict=True)}
 
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> Any:
-        """Note an operation; returns its output."""
+        """Record an operation; returns its output."""
         read = tensors_in(arguments)
         inputs = tuple(self.values[tensor] for tensor in read if tensor in self.values)
         constants = sum(tensor.numel() > 1 for tensor in read if tensor not in self.values)
@@ -630,7 +633,7 @@ class _Observer(_Namer):
         return output
 
     def _mark_channels(self, operation: Operation, outputs: list[Tensor]) -> None:
-        """Mark where the channels of a layer are in what it made; see where they are in what a batch norm reads."""
+        """Mark the channels in the output of a layer; look them up in the input of a batch norm."""
         if operation.kind == LAYER and len(outputs) == 1 and outputs[0].dim() > 1:
             dimension = -1 if operation.name in self.channels_last else 1
             channels = _channels(outputs[0].shape, dimension)
@@ -641,7 +644,7 @@ class _Observer(_Namer):
                 self.channels_second[operation.inputs[0]] = layer
 
     def _show(self, name: str, tensor: Tensor) -> None:
-        self.inside_leaf += 1  # what the caller computes is no part of the network
+        self.inside_leaf += 1  # the caller's computation is not part of the network
         if self.on_value:
             self.on_value(name, tensor)
         self.inside_leaf -= 1
@@ -652,14 +655,14 @@ class _Observer(_Namer):
 
 
 def _channels(shape: Sequence[int], dimension: int) -> Tensor:
-    """Return the number of the channel at each place of a tensor with its channels in `dimension`: a view of few numbers."""
+    """Return the channel index at each place of a tensor with channels in `dimension`: a view of few numbers."""
     places = [1] * len(shape)
     places[dimension] = -1
     return torch.arange(shape[dimension], dtype=torch.float32).view(places).expand(*shape)
 
 
 def surroundings_of(tensor: Tensor) -> str | None:
-    """Return what is around a layer that reads `tensor` and would not be there when it is run alone; None in a plain forward."""
+    """Return the context of a layer that reads `tensor` which is lost when the layer runs alone; None in a plain forward."""
     if torch._C._functorch.is_batchedtensor(tensor):
         return "inside torch.vmap"
     if torch.is_autocast_enabled(tensor.device.type):
@@ -668,7 +671,7 @@ def surroundings_of(tensor: Tensor) -> str | None:
 
 
 def _float_class(module: nn.Module) -> type:
-    """Return the class that the model's author wrote, under a swapped one."""
+    """Return the class that the model's author wrote, below a swapped one."""
     return next(cls for cls in type(module).__mro__ if not cls.__name__.startswith(("Quantized", "Folded")))
 
 
@@ -682,7 +685,7 @@ def _bare_name(func) -> str:
 
 
 def _adds_zero(args: tuple, kwargs: dict) -> bool:
-    """Return whether a sum is that of a tensor and the number 0, as sums over branches begin or end: exporters leave it out."""
+    """Return whether a sum adds the number 0 to a tensor, as sums over branches do first or last: exporters omit it."""
     terms = [*args, *kwargs.values()]
     numbers = [term for term in terms if isinstance(term, int | float)]
     return len(terms) == 2 and numbers == [0] and len(tensors_in(terms)) == 1
@@ -695,13 +698,13 @@ def _pads_zeros(args: tuple, kwargs: dict) -> bool:
 
 
 def _activation(kind: str, args: tuple, kwargs: dict) -> Callable[[Tensor], Tensor] | None:
-    """Return the out-of-place function of one tensor that this call is, where it is an activation."""
+    """Return this call as an out-of-place function of one tensor; None if it is not an activation."""
     if kind not in ACTIVATIONS or tensors_in((args[1:], kwargs)):
         return None
     settings = {key: value for key, value in kwargs.items() if key not in ("inplace", "input")}
     rest = args[1:]
     if kind in ("relu", "relu6", "silu", "hardswish", "hardsigmoid", "mish"):
-        rest = ()  # their only positional setting is `inplace`
+        rest = ()  # its only positional argument is `inplace`
     if kind in ("hardtanh", "leaky_relu", "elu"):
         rest = rest[: {"hardtanh": 2, "leaky_relu": 1, "elu": 1}[kind]]
     return lambda x: ACTIVATIONS[kind](x, *rest, **settings)

@@ -1,13 +1,13 @@
 """Affine quantization on tensors, and its gradients.
 
-One statement of the numbers, used everywhere:
+The one definition that all code uses:
 
     codes = clamp(round(x / scale) + zero_point, quant_min, quant_max)        round half to even
     x~    = (codes - zero_point) * scale
 
 Weights are signed two's complement, -2^(b-1) .. 2^(b-1) - 1, symmetric (zero point 0), with one scale per output channel.
 Activations are unsigned, 0 .. 2^b - 1, with an integer zero point and one scale per tensor.
-The quotient is a division, not a multiplication by the reciprocal: that is what integer runtimes compute.
+The quotient is a division, not a multiplication by the reciprocal, as in integer runtimes.
 
 Codes are integers held in the input's floating-point type, so that the same functions run under autograd.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Limit = int | Tensor
-"""A lowest or highest code; a 0-d tensor where it changes from call to call."""
+"""A lowest or highest code; a 0-d tensor if it changes from call to call."""
 
 
 def quant_limits(bits: int, signed: bool) -> tuple[int, int]:
@@ -27,11 +27,11 @@ def quant_limits(bits: int, signed: bool) -> tuple[int, int]:
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
     """Return the codes of `x`; `scale` and `zero_point` broadcast against it."""
     codes = torch.round(x / scale) + zero_point
-    return codes.clamp(quant_min, quant_max)  # type: ignore[arg-type]  # the stubs take two numbers or two tensors, no union of both
+    return codes.clamp(quant_min, quant_max)  # type: ignore[arg-type]  # the stubs accept two numbers or two tensors, not a union of both
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return the values that `codes` stand for."""
+    """Return the values that `codes` represent."""
     return (codes - zero_point) * scale
 
 
@@ -47,8 +47,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: Limit
 
     Deviation: LSQ's gradient scale is left to the caller, whose step sizes are relative to each tensor's scale.
     """
-    if not torch.is_grad_enabled():  # nothing to keep for a backward: one temporary, not three
-        # torch's stubs know clamp_ with numbers or with tensors alone; it takes either for each end
+    if not torch.is_grad_enabled():  # no backward: one temporary tensor instead of three
+        # torch's stubs accept only numbers or only tensors, but clamp_ takes either for each end
         codes = (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)  # type: ignore[arg-type]
         return codes.sub_(zero_point).mul_(scale)
     return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)
@@ -63,10 +63,10 @@ class _FakeQuantize(torch.autograd.Function):
         codes = steps.round().add_(zero_point)
         clamped = codes.clamp(quant_min, quant_max)  # type: ignore[arg-type]  # as in `quantize`
         if any(ctx.needs_input_grad):
-            inside = (clamped == codes).to(x.dtype)  # as numbers: products with them are several times faster than torch.where
+            inside = (clamped == codes).to(x.dtype)  # as numbers, since products are several times faster than torch.where
             offset = clamped - zero_point
             needs_scale = ctx.needs_input_grad[1]
-            # What d x~ / d scale needs: the rounding residual inside the range, the clamped offset outside.
+            # For d x~ / d scale: the rounding residual inside the range, the clamped offset outside.
             slope = torch.addcmul(offset, steps, inside, value=-1) if needs_scale else None
             ctx.save_for_backward(inside, slope, scale, zero_point)
             return offset.mul_(scale)

@@ -1,4 +1,4 @@
-"""The bit-widths that there are."""
+"""The supported bit-widths."""
 
 from anybit.errors import InvalidSetting
 
@@ -6,7 +6,7 @@ MIN_BITS, MAX_BITS = 2, 8
 
 
 def check_bits(bits: int, what: str = "bit-width") -> int:
-    """Return `bits`. Raise InvalidSetting unless it is an integer from 2 to 8."""
+    """Return `bits`. Raises InvalidSetting unless it is an integer from 2 to 8."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise InvalidSetting(f"{what} {bits!r} is outside {MIN_BITS}..{MAX_BITS}. Choose from 2, 3, 4, 5, 6, 7, 8.")
     return bits

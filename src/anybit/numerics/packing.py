@@ -1,17 +1,18 @@
 """Integer codes <-> bytes, and the exact layout of the packed file. numpy only, so that a file can be read without PyTorch.
 
 A layer's codes are one dense little-endian bit stream of two's-complement fields: code i holds bits [i b, (i + 1) b).
-Each layer starts at a byte. The file `model.safetensors` shares tensors, because each tensor's name costs bytes:
+Each layer starts at a byte boundary. The file `model.safetensors` has shared tensors, because each tensor's name costs bytes:
 
     codes                    U8  [bytes]       the streams of all layers with 2..8 weight bits, in the scheme's order
-    weight_scales            F32 [channels]    their scales, one a row of the weight matrix
+    weight_scales            F32 [channels]    their scales, one per row of the weight matrix
     activation_scales        F32 [inputs]      scales of the quantized inputs, in the scheme's order
     activation_zero_points   U8  [inputs]
-    edges                    F32 [edges, 2]    observed ends of the tensors between layers (their names are in scheme.json)
+    edges                    F32 [edges, 2]    observed ranges of the tensors between layers (their names are in scheme.json)
     floats                   F32 [numbers]     all other float32 entries of the state dict, in its order
     anything else            under its own state-dict key and type
 
-Its metadata hold the SHA-256 of what scheme.json says of the tensors, as scheme.json holds that of this file: neither changes unnoticed.
+Its metadata hold the SHA-256 of scheme.json's description of the tensors, and scheme.json holds that of this file: no change goes
+unnoticed.
 """
 
 import json
@@ -42,7 +43,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Return the integers that `pack` wrote, int8 [count]. The stream must be exactly as long as they need."""
+    """Return the integers that `pack` wrote, int8 [count]. The stream must have exactly their length."""
     if stream.size != packed_bytes(count, bits):
         raise InvalidFile(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, but {stream.size} are there.")
     fields = np.packbits(np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits), axis=1, bitorder="little")
@@ -57,7 +58,7 @@ def packed_bytes(count: int, bits: int) -> int:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Type (in safetensors' words) and shape of one stored tensor."""
+    """Type (in safetensors' notation) and shape of one stored tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -83,7 +84,7 @@ def file_bytes(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | 
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One layer as the layout sees it: its weight as rows [channels, fan-in], its bits, how many of its inputs are quantized."""
+    """One layer in the layout: its weight as rows [channels, fan-in], its bits, and the number of its quantized inputs."""
 
     rows: int
     columns: int
@@ -92,7 +93,7 @@ class PackedLayer:
 
 
 def layout(layers: Sequence[PackedLayer], edges: int, floats: int, others: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Lay out the tensors of a packed file; a shared tensor with nothing in it is left out."""
+    """Return the tensors of a packed file, in order; empty shared tensors are left out."""
     coded = [(layer, layer.weight_bits) for layer in layers if layer.weight_bits]
     inputs = sum(layer.quantized_inputs for layer in layers)
     shared = {

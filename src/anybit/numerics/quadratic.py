@@ -1,8 +1,8 @@
-"""Quadratic forms of a layer's weights: the second moments of its inputs, as a matrix or, where inputs are few, by the rows themselves.
+"""Quadratic forms of a layer's weights: the second moments of its inputs, as a matrix or, with few inputs, as the rows themselves.
 
-`Full` holds H [groups, fan-in, fan-in]; `Thin` holds F [groups, rows, fan-in], of which H = F^T F: with fewer rows than inputs its
-products take less time and memory. Values are [groups, inputs, channels]. Their *images* are what a form keeps of them, H or F times the
-values: slopes and products follow from them.
+`Full` holds H [groups, fan-in, fan-in]; `Thin` holds F [groups, rows, fan-in] with H = F^T F: with fewer rows than inputs, its products
+take less time and memory. Values are [groups, inputs, channels]. Their *images* are H or F times the values, from which slopes and
+products follow.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 COLUMNS = 32
-"""Inputs that are worked off among themselves before the others take up what changes, in one product."""
+"""Inputs that are processed among themselves before the others receive their changes, in one product."""
 SMALLEST_VARIANCE = 1e-35
-"""Below it, on average, inputs count as ones that never move: the inverse would leave the range of float32."""
+"""Below this mean, inputs count as ones that never vary: the inverse would overflow float32."""
 
 Step = tuple[slice, Tensor, Tensor]
 """(block of inputs, triangle [groups, block, block], pull [groups, block, state]) of an elimination."""
@@ -25,14 +25,14 @@ def blocks(fan_in: int) -> list[slice]:
 
 
 def ridge(variance: Tensor, damping: float) -> Tensor:
-    """Return `damping` times the mean variance, [groups, 1, 1]; 1 where that is next to nothing."""
+    """Return `damping` times the mean variance, [groups, 1, 1]; 1 if that is negligible."""
     mean = variance.mean(1)[:, None, None]
     return torch.where(mean > SMALLEST_VARIANCE, damping * mean, torch.ones_like(mean))
 
 
 @dataclass(frozen=True)
 class Full:
-    """H itself, symmetric and positive semidefinite; it may be singular."""
+    """H itself, symmetric and positive semidefinite, possibly singular."""
 
     hessian: Tensor
 
@@ -44,18 +44,18 @@ class Full:
         return torch.diagonal(self.hessian, dim1=1, dim2=2)
 
     def images(self, values: Tensor, block: slice = slice(None)) -> Tensor:
-        """Return the images of values of the inputs in `block`."""
+        """Return the images of values for the inputs in `block`."""
         return self.hessian[:, :, block] @ values
 
     def slopes(self, images: Tensor, block: slice = slice(None)) -> Tensor:
-        """Return H times the values, at the inputs in `block`."""
+        """Return H times the values, for the inputs in `block`."""
         return images[:, block]
 
     def inner(self, block: slice) -> Tensor:
         return self.hessian[:, block, block]
 
     def products(self, values: Tensor, own: Tensor, images: Tensor) -> Tensor:
-        """Return the form of values, of images `own`, with those of the other `images`, for each channel: [groups, channels]."""
+        """Return the bilinear form of values (with images `own`) and other values (with `images`), for each channel: [groups, channels]."""
         return (values * images).sum(1)
 
     def towards(self, weight: Tensor, cross: Tensor, damping: float) -> Tensor:
@@ -63,14 +63,15 @@ class Full:
         return torch.linalg.solve(self._damped(damping), weight @ (cross - self.hessian), left=False)
 
     def ordered(self, order: Tensor) -> "Full":
-        """Return the form of the inputs in another order, [groups, fan-in]."""
+        """Return the form with the inputs in another order, [groups, fan-in]."""
         rows = self.hessian.gather(1, order[:, :, None].expand_as(self.hessian))
         return Full(rows.gather(2, order[:, None, :].expand_as(rows)))
 
     def elimination(self, damping: float) -> Iterator[Step]:
-        """Yield what rounding takes up of the errors of later inputs, the last block of inputs first.
+        """Yield the factors by which rounding compensates for errors of later inputs, the last block of inputs first.
 
-        With H + ridge = R^T R, U = R / diagonal, an input's best weight is w + (U - 1) errors. The state is the errors of all later inputs.
+        With H + ridge = R^T R and U = R / diagonal, an input's best weight is w + (U - 1) errors. The state is the errors of all later
+        inputs.
         """
         upper = torch.linalg.cholesky(self._damped(damping), upper=True)
         upper = upper / torch.diagonal(upper, dim1=1, dim2=2)[:, :, None]
@@ -78,7 +79,7 @@ class Full:
             yield block, upper[:, block, block], upper[:, block, block.stop :]
 
     def state(self, errors: Tensor, block: slice, before: Tensor | None) -> Tensor:
-        """Return the state once the inputs from `block` on have errors; `before` is that without the block."""
+        """Return the state after the inputs from `block` on have errors; `before` is the state without the block."""
         return errors[:, block.start :]
 
     def _damped(self, damping: float) -> Tensor:
@@ -87,7 +88,7 @@ class Full:
 
 @dataclass(frozen=True)
 class Thin:
-    """H by F: rows of inputs over the root of their number."""
+    """H by its factor F: rows of inputs over the square root of their number."""
 
     factor: Tensor
 
@@ -111,7 +112,7 @@ class Thin:
         return (own * images).sum(1)
 
     def towards(self, weight: Tensor, cross: Tensor, damping: float) -> Tensor:
-        """Return W (C - H) (H + ridge)^-1; `cross` is the factor of the other rows G, of which C = G^T F."""
+        """Return W (C - H) (H + ridge)^-1; `cross` is the factor G of the other rows, with C = G^T F."""
         square = self.factor @ self.factor.transpose(1, 2)
         square = square + ridge(self.variance(), damping) * torch.eye(square.shape[1], dtype=square.dtype).to(square)
         shift = weight @ (cross - self.factor).transpose(1, 2)
@@ -121,10 +122,10 @@ class Thin:
         return Thin(self.factor.gather(2, order[:, None, :].expand_as(self.factor)))
 
     def elimination(self, damping: float) -> Iterator[Step]:
-        """As of `Full`; the state is F times the errors of all later inputs.
+        """Yield the factors as `Full` does; the state is F times the errors of all later inputs.
 
-        The inputs before a block, were they free, leave of a state y the share M y, M = ridge (F F^T + ridge)^-1 over these inputs: so the
-        block is rounded under A = 1 + F^T M F / ridge. Adding a block to those before it changes M by its rank.
+        The inputs before a block, if free, would leave the share M y of a state y, M = ridge (F F^T + ridge)^-1 over these inputs, so that
+        the block is rounded under A = 1 + F^T M F / ridge. Adding a block to those before it updates M by the block's rank.
         """
         factor, shrunk = self.factor.double(), ridge(self.variance(), damping).double()
         share = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device).expand(len(factor), -1, -1)

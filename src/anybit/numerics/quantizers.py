@@ -1,4 +1,4 @@
-"""The canonical quantizer, which every method's own becomes when it is frozen, and the learned input range that methods share."""
+"""The canonical quantizer, into which every method's own is frozen, and the learned input range that methods share."""
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class UniformQuantizer(nn.Module):
 
     @property
     def limits(self) -> tuple[int, int]:
-        """(quant_min, quant_max)."""
+        """Return (quant_min, quant_max)."""
         return quant_limits(self.bits, self.signed)
 
     def codes(self, x: Tensor, operand: int | None = None) -> Tensor:
@@ -36,7 +36,7 @@ class UniformQuantizer(nn.Module):
         return quantize(x, scale.to(x.dtype), zero_point.to(x.dtype), *self.limits)
 
     def values(self, codes: Tensor) -> Tensor:
-        """Return the values that the codes stand for."""
+        """Return the values that the codes represent."""
         return dequantize(codes, self.scale.to(codes.dtype), self.zero_point.to(codes.dtype))
 
     def forward(self, x: Tensor, operand: int | None = None) -> Tensor:
@@ -48,18 +48,18 @@ class UniformQuantizer(nn.Module):
 
 
 def frozen(quantizer: nn.Module | Tensor | None) -> UniformQuantizer:
-    """Return the quantizer of a slot that holds the canonical one; assert that it does."""
+    """Return the canonical quantizer in a slot. Asserts that the slot holds one."""
     assert isinstance(quantizer, UniformQuantizer), f"a {type(quantizer).__name__} in place of the canonical quantizer"
     return quantizer
 
 
 def of_operand(numbers: Tensor, operand: int | None) -> Tensor:
-    """Return the number of one operand of a matmul; the number itself for a layer, which has one input."""
+    """Return the element of one operand of a matmul; the tensor itself for a layer, which has one input."""
     return numbers if operand is None else numbers[operand]
 
 
 class LearnedInput(nn.Module):
-    """A range that is trained: the logarithm of the scale is free, the zero point fixed (learned step size, see `numerics`)."""
+    """A trained range: the logarithm of the scale is free, the zero point fixed (learned step size, see `numerics.affine`)."""
 
     zero_point: Tensor
 

@@ -1,4 +1,4 @@
-"""The exported file: made from a canonical model, written whole or not at all, read strictly, and loaded by the runtime."""
+"""The exported file: created from a canonical model, written atomically, read strictly, and loaded by the runtime."""
 
 import copy
 import json
@@ -31,10 +31,10 @@ from anybit.onnx.values import name_of
 from anybit.onnx.writer import TWO_BIT_VERSIONS, write_graph
 
 EXACT_SUMS = ("session.x64quantprecision", "1")
-"""The setting of a session in which x86 processors without VNNI sum 8-bit products exactly.
+"""Session setting with which x86 processors without VNNI sum 8-bit products exactly.
 
-Without it they add two products in 16 bits, which saturate where weights have 8 bits and inputs, too. With VNNI sums are exact, and the
-setting is left out: a runtime may give up its fastest kernels for it."""
+Without it they add two products in 16 bits, which saturates if both weights and inputs have 8 bits. With VNNI sums are exact, and the
+setting is left out, because it may disable a runtime's fastest kernels."""
 
 
 def x86_flags() -> str | None:
@@ -46,7 +46,7 @@ def x86_flags() -> str | None:
 
 
 def asks_for_exact_sums() -> bool:
-    """Return whether sessions here have the setting: on every processor that is not known to have VNNI."""
+    """Return whether sessions here use the setting: on every processor that is not known to have VNNI."""
     return "vnni" not in (x86_flags() or "")
 
 
@@ -54,20 +54,20 @@ FUNCTIONS = "anybit.functions"
 """Key of the file's metadata: how functions of one tensor are computed, "float" or "tables"."""
 
 LINEARS = "anybit.linears"
-"""How linears with float inputs run, on "packed" or on "unpacked" weights."""
+"""Whether linears with float inputs run on "packed" or "unpacked" weights."""
 
 MEASURED = "anybit.measured"
-"""Ranges of rounded edges that the run has none of, taken from the inputs of the export: name -> [low, high], as JSON."""
+"""Ranges of rounded edges that the run lacks, measured on the export's inputs: name -> [low, high], as JSON."""
 
 PROBE = 4
-"""Inputs on which tensors of the graph are recognized."""
+"""Number of inputs on which tensors of the graph are identified."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """integer   the graph that is written;   floating  the same network in float32;   plan  what became of each tensor
-    model     the canonical model, with the edges rounded that the file rounds: its simulation
-    edges     rounded edge -> the value of the integer graph that holds its codes;   inputs  layer -> those of its operands' codes
+    """integer   the graph that is written;   floating  the same network in float32;   plan  the writer's plan
+    model     the canonical model with the edges rounded that the file rounds, its simulation
+    edges     rounded edge -> value of the integer graph with its codes;   inputs  layer -> values with its operands' codes
     """
 
     integer: ir.Model
@@ -89,10 +89,10 @@ def exported(
 ) -> Exported:
     """Export the canonical model as graphs; `example` is a batch of real inputs, of which a few are run.
 
-    tables  SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
-    weight_only  linears with float inputs keep their weights packed as they run
-    measured     ranges of rounded edges that the run has none of, as an earlier export took them from its inputs
-    cache        keeps what the exporter of PyTorch gives for this network, whatever its weights
+    tables  write SiLU, GELU and other functions of one tensor as tables of 256 codes: exact, and slower than computing them in float
+    weight_only  keep the weights of linears with float inputs packed at run time
+    measured     ranges of rounded edges that the run lacks, as an earlier export measured them
+    cache        stores PyTorch's exported graph for this network, whatever its weights
     """
     model = canonical.model.cpu().eval()
     plain, layers = emptied(model).eval(), quantized_layers(model)
@@ -107,7 +107,7 @@ def exported(
 
     wiring = observe(plain, probe, show)
     ranges = {**(measured or {}), **canonical.edges}
-    if tables or not edge_grids(model):  # of a run that rounded none, too
+    if tables or not edge_grids(model):  # also for a run that rounded none
         edges = rounded_edges(wiring, layers, canonical.scheme, tables)
         if missing := set(edges.names) - set(ranges):
             measured = {name: ends for name, ends in observe_edge_ranges(plain, wiring, [example], PROBE).items() if name in missing}
@@ -133,7 +133,7 @@ def ideal_bytes(canonical: Canonical) -> int:
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Write the graph, all of it or nothing, once the runtime has loaded it."""
+    """Write the graph atomically, after the runtime has loaded it."""
     if path.is_dir():
         raise InvalidSetting(f"{path} is a folder. Name a file with --onnx.")
     with whole_file(path, "Make room, or choose another --onnx.") as draft:
@@ -142,7 +142,7 @@ def save(model: ir.Model, path: Path) -> None:
 
 
 def load(path: Path) -> ir.Model:
-    """Load the graph in `path`, checked to be one of anybit's; nothing in it is run."""
+    """Load the graph in `path` and check that anybit wrote it; nothing in it is run."""
     import onnx
 
     if not path.is_file():
@@ -150,10 +150,10 @@ def load(path: Path) -> ir.Model:
     try:
         proto = onnx.load(path, load_external_data=False)
         if any(tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(proto)):
-            raise ValueError("it names data in other files, which are not followed")
+            raise ValueError("it refers to data in other files, which are not read")
         onnx.checker.check_model(proto)
         model = ir.from_proto(proto)
-    except Exception as error:  # protobuf, the checker and the converter raise kinds of their own
+    except Exception as error:  # protobuf, the checker and the converter raise errors of several kinds
         raise InvalidFile(f"{path} is not a valid ONNX file: {in_words(error)}. Export the run again.") from error
     if model.producer_name != "anybit" or model.graph.opset_imports.get("") not in (OPSET, TWO_BIT_VERSIONS[0]):
         raise InvalidFile(f"{path} was not written by anybit export. Export the run again.")
@@ -179,8 +179,8 @@ def session(
 ) -> Any:
     """Open a session of the runtime for a file or a graph.
 
-    exact      with exact sums on every processor;
-    optimized  where the graph that the runtime made of it is written;   profile  what the name of its profile begins with
+    exact      with exact sums on every processor
+    optimized  file for the graph that the runtime optimized;   profile  prefix of the name of its profile
     """
     import onnxruntime
 
@@ -199,12 +199,12 @@ def session(
         first = str(error).splitlines()[0]
         raise UnsupportedModel(
             f"ONNX Runtime {onnxruntime.__version__} does not load the file: {first}. It is written in operator set {OPSET} "
-            f"({TWO_BIT_VERSIONS[0]} with packed two-bit linears); a newer runtime may know it."
+            f"({TWO_BIT_VERSIONS[0]} with packed two-bit linears); a newer runtime may support it."
         ) from error
 
 
 def measured_in(model: ir.Model) -> dict[str, tuple[float, float]]:
-    """Read the ranges that the file's export took from its inputs. Raise InvalidFile if they are not ranges."""
+    """Return the ranges that the file's export measured on its inputs. Raises InvalidFile if they are not ranges."""
     where = "The ONNX file's measured ranges"
     ranges = validated(dict[str, list[float]], parse_json(model.metadata_props.get(MEASURED, "{}"), where), where)
     for name, ends in ranges.items():
@@ -214,19 +214,19 @@ def measured_in(model: ir.Model) -> dict[str, tuple[float, float]]:
 
 
 def outputs(running: Any, batches: Iterable[Batch], names: Sequence[str] | None = None) -> list[np.ndarray]:
-    """Run the session on batches and join its outputs; of one batch they may have any shape. Raise InvalidInput where it refuses one."""
+    """Run the session on batches and join its outputs; of one batch they may have any shape. Raises InvalidInput if it rejects one."""
     parts = []
     for batch in batches:
         feeds = _feeds([value.name for value in running.get_inputs()], batch)
         try:
             parts.append(running.run(names, feeds))
         except Exception as error:  # as above
-            raise InvalidInput(f"ONNX Runtime refuses the inputs: {' '.join(str(error).split())}") from error
+            raise InvalidInput(f"ONNX Runtime rejects the inputs: {' '.join(str(error).split())}") from error
     return [part[0] if len(part) == 1 else np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 def _feeds(names: Sequence[str], batch: Batch) -> dict[str, np.ndarray]:
-    """Return the batch's inputs by the names that the file has for them: by name if they have some, else in order."""
+    """Return the batch's inputs under the file's input names: by name if they have names, else in order."""
     if isinstance(batch.inputs, dict):
         lacking = [name for name in names if name not in batch.inputs]
         if lacking:

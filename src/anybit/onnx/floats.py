@@ -1,11 +1,11 @@
-"""The float network as an ONNX graph, tidied so that what an integer kernel takes is easy to see, and its values on real inputs.
+"""The float network as an ONNX graph, tidied so that operators with integer kernels are easy to identify, and its values on real inputs.
 
 The canonical model is exported with its quantizers off (its weights are the quantized ones), never with fake-quantize operators, which
 exporters translate into slow or wrong graphs. Tidying changes no value:
 
-  * a mean over all of a picture becomes a global average pool, which runtimes have for integers;
-  * zero padding before a convolution becomes the convolution's own;
-  * average pools count padding only where they have some;
+  * a mean over a whole image becomes a global average pool, which runtimes compute on integers;
+  * zero padding before a convolution becomes part of the convolution;
+  * average pools count padding only if they have some;
   * nodes that compute a layer carry the layer's name, those of its later calls with their number.
 """
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from anybit.data.batches import Batch, Inputs, call, map_tensors, tensors_in
 from anybit.errors import UnsupportedModel
 from anybit.files.cache import Cache
+from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight
 from anybit.networks.recurrent import RecurrentWeight
 from anybit.networks.wiring import LAYER as WIRED_LAYER
@@ -38,19 +39,22 @@ from anybit.onnx.unoptimized import run_unoptimized
 from anybit.onnx.values import constant, maker, name_of, operand
 
 OPSET, IR_VERSION = 21, 10
-"""The file's versions: the first operator set with four-bit integers; runtimes of early 2024 load it."""
+"""The file's versions: the first operator set with four-bit integers, which runtimes of early 2024 load."""
 
 LAYER = "layer"
 """Key of a node's metadata: the layer that it computes."""
 
 NO_EXPORT = {
-    "pack_padded_sequence": "it packs sequences, whose sizes a graph does not have. Let the recurrent layer read padded sequences, and "
+    "pack_padded_sequence": "it packs sequences, which a graph cannot represent. Let the recurrent layer read padded sequences, and "
     "take each one's last step by its length."
 }
-"""Functions that no exporter knows -> what to say where an export fails."""
+"""Functions that no exporter supports -> explanation when an export fails."""
 
 EXPERTS = "_experts_implementation"
-"""The attribute of transformers' configurations that says how experts are multiplied by."""
+"""Attribute of transformers' configurations that selects the implementation of experts."""
+
+INSTEAD = "instead"
+"""The same, where the operator computes with another weight than the layer's."""
 
 BIAS = "bias"
 """Key of the metadata of a sum that adds its layer's bias: the name of the call."""
@@ -62,15 +66,15 @@ def float_graph(
     """Return (`plain`, the canonical model with its quantizers off, exported, tidied and checked; its values on `probe`). The first
     dimension of inputs and outputs is the batch, the second of padded texts their length.
 
-    layers   those that become nodes of their name;   rounded  those of them that have quantizers
-    cache    keeps the graph; one that was kept and does not pass the check is exported anew
+    layers   layers that become nodes with their names;   rounded  those of them that have quantizers
+    cache    stores the graph; a stored graph that does not pass the check is exported again
 
-    Raises UnsupportedModel naming the operator, where the exporter does not know one, InvalidInput where the model refuses the inputs.
+    Raises UnsupportedModel naming the operator if the exporter does not support one, InvalidInput if the model rejects the inputs.
     """
-    wiring = observe(plain, probe_of(example, 2))  # inputs that the model refuses are named as such
-    fixed = _independent(wiring)
+    wiring = observe(plain, probe_of(example, 2))  # raises InvalidInput if the model rejects the inputs
+    left_out = _left_out(wiring)
     weights = {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers}
-    rounded = [name for name in rounded if name not in fixed]
+    rounded = [name for name in rounded if name not in left_out]
     recurrent = {name: weights[name] for name in rounded if isinstance(plain.get_submodule(name), RecurrentWeight)}
     inputs = map_tensors(example.inputs, lambda tensor: tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]))
     length = None if example.mask is None else example.mask.shape[1]
@@ -78,7 +82,7 @@ def float_graph(
     aliases = _aliases(plain)
 
     def attempt(cache: Cache) -> tuple[ir.Model, dict[str, np.ndarray]] | None:
-        """Return the graph and its values; None if a cached graph is not the network's."""
+        """Return the graph and its values; None if a cached graph does not fit the network."""
         new = False
 
         def export() -> ir.Model:
@@ -93,7 +97,7 @@ def float_graph(
             fold_weights(graph, values)
             check_graph(plain, graph, values, probe, [name for name in rounded if name not in recurrent])
             _check_recurrent(graph, recurrent)
-        except Exception:  # many kinds, if a graph runs on other inputs than it was exported for
+        except Exception:  # many kinds, if the graph was exported for other inputs
             if new:
                 raise
             return None
@@ -107,10 +111,11 @@ def float_graph(
     return checked
 
 
-def _independent(wiring: Wiring) -> set[str]:
-    """Return the layers that read nothing which depends on the inputs: the optimizer computes them once, and no node is left of them."""
+def _left_out(wiring: Wiring) -> set[str]:
+    """Return the layers without nodes in the graph: those that do not depend on the inputs, which the optimizer computes once, and those
+    that no output depends on, which it removes."""
     depends = set(wiring.input_values)
-    layers: set[str] = set()
+    layers = set(wiring.layer_names()) - wiring.layers_behind(escaped=True)
     for op in wiring.operations:
         if depends & set(op.inputs):
             depends |= set(op.outputs)
@@ -123,19 +128,19 @@ def _key(plain: nn.Module, inputs: Inputs, length: int | None) -> str | None:
     """Return the cache key of the graph; None if the forward pass cannot be recorded."""
     try:
         return graph_digest(plain, inputs, length)
-    except Exception:  # whatever the network's code raises: it runs on another size, and its operators under a recorder
+    except Exception:  # the network's code may raise any error at another size, or under a recorder
         return None
 
 
 def _exported(plain: nn.Module, inputs: Inputs, length: int | None, wiring: Wiring) -> ir.Model:
-    """Export the graph as torch's exporter gives it, before it is optimized."""
+    """Export the graph with torch's exporter, before it is optimized."""
     positional = inputs if isinstance(inputs, tuple) else (inputs,)
     passed: dict[str, Any] = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": positional}
     sizes = {0: torch.export.Dim("batch", min=1)}
     tokens = {} if length is None else {1: torch.export.Dim("tokens", min=1)}
     bound = inspect.signature(plain.forward).bind(*passed.get("args", ()), **passed.get("kwargs", {}))
     shapes = map_tensors(
-        dict(bound.arguments),  # by the forward's own names: what *args and **kwargs take lies within theirs
+        dict(bound.arguments),  # by the forward's own names; *args and **kwargs contain theirs
         lambda tensor: sizes | tokens if tensor.dim() > 1 and tensor.shape[1] == length else sizes,
     )
     settings = {"dynamic_shapes": shapes, "opset_version": OPSET, "optimize": False, "verbose": False}
@@ -146,9 +151,9 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None, wiring: Wiri
             _without_idle_autocast(),
             _gathered_experts(plain),
             torch.no_grad(),
-        ):  # a forward that turns gradients off stays one graph
+        ):  # so that a forward that turns gradients off stays one graph
             program = torch.onnx.export(plain, **passed, dynamo=True, **settings)
-    except Exception as error:  # the exporter's own errors are of many kinds
+    except Exception as error:  # the exporter raises errors of many kinds
         known = (remedy for kind, remedy in NO_EXPORT.items() if any(op.kind == kind for op in wiring.operations))
         raise UnsupportedModel(f"The network cannot be exported to ONNX: {next(known, _reason(error))}") from error
     assert program is not None, "without a file to write, the exporter returns its program"
@@ -162,14 +167,14 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None, wiring: Wiri
 
 
 def _forget_recurrent_kernels() -> None:
-    """Let the exporter use the kernels that it registers for sequences of any length, not those that PyTorch caches of an earlier call."""
+    """Let the exporter use its kernels for sequences of any length, not those that PyTorch cached in an earlier call."""
     for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
         operator._dispatch_cache.clear()
 
 
 @contextmanager
 def _gathered_experts(model: nn.Module) -> Iterator[None]:
-    """Let networks of transformers multiply by experts that they gather for each token: a grouped product has no operator in a file."""
+    """Let networks of transformers gather experts for each token: no ONNX operator exists for a grouped product."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
     grouped = [config for config in configs.values() if getattr(config, EXPERTS, None) == "grouped_mm"]
     try:
@@ -183,7 +188,7 @@ def _gathered_experts(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_idle_autocast() -> Iterator[None]:
-    """Leave regions that turn autocast off where it is off out of the graph: their operators no longer say which layer they are of."""
+    """Leave out regions that turn autocast off where it is off: they would hide which layer their operators belong to."""
     enter, leave, idle = torch.autocast.__enter__, torch.autocast.__exit__, "_idle_here"
 
     def entered(region: torch.autocast) -> Any:
@@ -202,7 +207,7 @@ def _without_idle_autocast() -> Iterator[None]:
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
-    """Return each name of a module -> its first, by which anybit knows it: scopes have the name that the forward called it by."""
+    """Return each name of a module -> its first one, which anybit uses; scopes have the name by which the forward called it."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(module), name) for name, module in model.named_modules(remove_duplicate=False)}
 
@@ -216,7 +221,7 @@ def _tidy(graph: ir.Model, weights: Mapping[str, np.ndarray], aliases: Mapping[s
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of the innermost cause: the outer ones are about the exporter's stages."""
+    """Return the first line of the innermost cause; the outer ones describe the exporter's stages."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -228,7 +233,7 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray], aliases: Ma
     counts: dict[str, int] = {}
 
     def numbered(name: str) -> str:
-        """Return `name`, with a number where another node has it."""
+        """Return `name`, with a number if another node has it."""
         counts[name] = counts.get(name, 0) + 1
         unique = name if counts[name] == 1 else f"{name}.{counts[name]}"
         if unique in names:
@@ -238,13 +243,15 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray], aliases: Ma
 
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        owners = [aliases.get(scope, scope) for scope in scopes[:-1]]  # the last is the operator's
+        owners = [aliases.get(scope, scope) for scope in scopes[:-1]]  # the last is the operator's own
         layer = next((owner for owner in reversed(owners) if owner in weights), None)
         if layer is not None and node.op_type in LAYER_OPERATORS and _computes(node, weights[layer]):
             calls[layer] += 1
             node.metadata_props[LAYER], node.name = layer, name_of_call(layer, calls[layer])
             names.add(name_of(node))
             continue
+        if layer is not None and node.op_type in LAYER_OPERATORS and node.outputs[0].dtype == ir.DataType.FLOAT:
+            node.metadata_props[INSTEAD] = layer
         product = maker(node.inputs[0]) if node.inputs else None
         of_the_layer = product is not None and product.op_type == "MatMul" and product.metadata_props.get(LAYER) == layer
         if layer is not None and of_the_layer and node.op_type == "Add" and getattr(constant(node.inputs[1]), "ndim", 0) == 1:
@@ -253,14 +260,14 @@ def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray], aliases: Ma
 
 
 def _computes(node: ir.Node, weight: np.ndarray) -> bool:
-    """Return whether the operator is the layer of this weight; a matmul, which has none, multiplies no constants."""
+    """Return whether the operator is the layer with this weight; a matmul, which has none, multiplies no constants."""
     if not weight.size:
         return node.op_type == "MatMul" and all(constant(value) is None for value in node.inputs)
     return _is_weight(_weight_of(node), weight)
 
 
 def _weight_of(node: ir.Node) -> np.ndarray | None:
-    """Return the constant that a layer's operator computes with."""
+    """Return the constant weight of a layer's operator."""
     return constant(node.inputs[layer_operator(node.op_type).weight_input])
 
 
@@ -272,7 +279,7 @@ def _is_weight(array: np.ndarray | None, weight: np.ndarray) -> bool:
 
 
 def _owner(scopes: Sequence[str]) -> str:
-    """Return the module that ran the operator: the last scope but one is its own call."""
+    """Return the module that ran the operator: the last scope but one."""
     return scopes[-2] if len(scopes) > 1 else ""
 
 
@@ -292,14 +299,14 @@ def _pool_means(model: ir.Model) -> None:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, added: Sequence[ir.Node]) -> None:
-    """Put `added`, the last of which gives the output of `node`, in its place."""
+    """Replace `node` by `added`, the last of which computes its output."""
     output = added[-1].outputs[0]
     output.name, output.shape, output.type = name_of(node.outputs[0]), node.outputs[0].shape, node.outputs[0].type
     ir.convenience.replace_nodes_and_values(graph, node, [node], added, node.outputs, added[-1].outputs)
 
 
 def _merge_padding(model: ir.Model) -> None:
-    """Merge a zero Pad at the ends of spatial dimensions into the pads of convolutions if these are its only readers."""
+    """Merge a zero Pad of the spatial dimensions into the pads of convolutions if these are its only readers."""
     for node in list(model.graph):
         if node.op_type != "Pad" or any(attribute.value != "constant" for attribute in node.attributes.values()):
             continue
@@ -320,7 +327,7 @@ def _merge_padding(model: ir.Model) -> None:
 
 
 def _count_no_padding(model: ir.Model) -> None:
-    """Take `count_include_pad` from average pools that pad nothing: with `ceil_mode`, integer kernels count what lies beyond the end."""
+    """Remove `count_include_pad` from average pools without padding: with `ceil_mode`, integer kernels would count beyond the end."""
     for node in model.graph:
         pads = node.attributes["pads"].as_ints() if "pads" in node.attributes else []
         if node.op_type == "AveragePool" and not any(pads) and "auto_pad" not in node.attributes:
@@ -348,15 +355,16 @@ def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray
 
 
 def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarray], probe: Batch, quantized: Iterable[str]) -> None:
-    """Raise UnsupportedModel where the graph does not compute what `plain` does on the probe inputs.
+    """Raise UnsupportedModel if the graph does not compute what `plain` does on the probe inputs.
 
-    Exporters have gaps of their own; and a layer's class may have a forward that does more than the layer's operator, whose operands are
-    then not what the quantizers round. `quantized` names the layers that have some.
+    Exporters have gaps; and a layer's class may have a forward that does more than the layer's operator, so that the operator's operands
+    are not what the quantizers round. `quantized` names the layers with quantizers.
     """
     inputs: dict[str, list[np.ndarray]] = {name: [] for name in quantized}
 
     def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if read := tensors_in((args, kwargs)):  # an embedding of positions may take their number alone
+        read = tensors_in((args, kwargs))
+        if read and type_of(module).reads_numbers:  # no quantizer rounds indices, which a forward may shift or make
             inputs[name].append(_padded(module, read[0].detach().float()).numpy().copy())
 
     hooks = [plain.get_submodule(name).register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name in inputs]
@@ -369,12 +377,13 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
     for value, output in zip(graph.graph.outputs, outputs, strict=True):
         if name_of(value) in values and not _alike(values[name_of(value)], output.float().numpy()):
             raise UnsupportedModel(
-                f"The ONNX exporter changes the network: its output {name_of(value)} is not what the network gives. It translates one of "
+                f"The ONNX exporter changes the network: its output {name_of(value)} differs from the network's. It translates one of "
                 "the network's operators only in part; replace that one."
             )
     for name, calls in inputs.items():
         nodes = layer_nodes(graph.graph, name)
-        if not all(any(_reads(node, taken, values) for node in nodes) for taken in calls):
+        other = any(node.metadata_props.get(INSTEAD) == name for node in graph.graph)
+        if (other and not nodes) or not all(any(_reads(node, taken, values) for node in nodes) for taken in calls):
             raise UnsupportedModel(
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "
                 f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep '{name}=float'."
@@ -382,18 +391,18 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
 
 
 def _check_recurrent(graph: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
-    """Raise UnsupportedModel naming the first matrix of a recurrent layer that no recurrent operator of the graph computes with."""
+    """Raise UnsupportedModel naming the first matrix of a recurrent layer that no recurrent operator of the graph uses."""
     held = {name for _, _, names in matrices(graph, weights) for name in names}
     for name in weights:
         if name not in held:
             raise UnsupportedModel(
-                f"{name}: the ONNX exporter writes out the recurrent layer that it belongs to, and none of its operators computes with "
+                f"{name}: the ONNX exporter writes out the recurrent layer to which it belongs, and none of its operators uses "
                 f"this matrix. Keep it float: --keep '{name}=float'."
             )
 
 
 def _padded(layer: nn.Module, taken: Tensor) -> Tensor:
-    """Return what a convolution computes on: its input, padded with numbers of its own where the layer pads so."""
+    """Return the input of a convolution, padded if the layer pads with other numbers than zero."""
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or layer.padding_mode == "zeros":
         return taken
     return F.pad(taken, layer._reversed_padding_repeated_twice, layer.padding_mode)
@@ -405,7 +414,7 @@ def layer_nodes(graph: ir.Graph, layer: str) -> list[ir.Node]:
 
 
 def _reads(node: ir.Node, taken: np.ndarray, values: Mapping[str, np.ndarray]) -> bool:
-    """Return whether the operator reads what the layer took in a call, but for zeros around it that are the operator's padding now."""
+    """Return whether the operator reads the layer's input in a call, apart from zeros around it that the operator now pads itself."""
     read = values.get(name_of(node.inputs[1 - layer_operator(node.op_type).weight_input]))
     if read is None:
         return True
@@ -415,16 +424,16 @@ def _reads(node: ir.Node, taken: np.ndarray, values: Mapping[str, np.ndarray]) -
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:
-    """Return whether both are equal but for the order of float sums."""
+    """Return whether both are equal up to the order of float sums."""
     return a.size == b.size and bool(np.allclose(np.reshape(a, -1), np.reshape(b, -1), rtol=1e-3, atol=1e-3 * np.abs(b).max(initial=1e-12)))
 
 
 def edge_names(values: Mapping[str, np.ndarray], shown: Sequence[tuple[str, np.ndarray]], rounded: Collection[str]) -> dict[str, str]:
     """Match values of the graph, in order, to the `rounded` ones among the edges `shown` by the network, in order, on the same inputs.
 
-    Exporters rename, merge and split operators; numbers on real inputs say which tensor is which whatever they do. Of several edges that
-    hold the same numbers (a clamp that nothing met, say, and what it clamps) each value takes the next in order; a rounded edge that is
-    left over takes a value of another.
+    Exporters rename, merge and split operators, but numbers on real inputs identify each tensor. If several edges have the same numbers (a
+    clamp without effect, for example, and its input), each value gets the next in order; a rounded edge that is left over gets a value of
+    another.
     """
     alike: dict[str, list[int]] = {}
     by_shape: dict[tuple[int, ...], list[int]] = {}

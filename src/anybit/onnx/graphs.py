@@ -1,8 +1,8 @@
-"""The exporter's graphs, kept without weights: one call of torch's exporter for a network and its shapes, whatever its weights and bits.
+"""The exporter's graphs, stored without weights: one call of torch's exporter for a network and its shapes, whatever its weights and bits.
 
-A graph is kept as it is before it is optimized, since what the optimizer does depends on weights (it folds small ones, drops biases of
-zeros, merges those that are equal). Weights are put in by name and the graph is then optimized as the exporter itself does it, which takes
-hundredths of a second where an export takes seconds. So a kept graph gives the same bytes as a new one.
+A graph is stored before it is optimized, since the optimizer's result depends on weights (it folds small ones, drops biases of zeros,
+merges equal ones). Weights are inserted by name, and the graph is then optimized as by the exporter itself, which takes hundredths of a
+second where an export takes seconds. A stored graph therefore gives the same bytes as a new one.
 """
 
 import logging
@@ -24,7 +24,7 @@ from anybit.onnx.values import name_of, operand
 
 NAME = "exported graph"
 RECENT, LARGEST = 32, 10 * 10**6
-"""Graphs that a process holds in memory, the least recently used of which go first, and the bytes of one at most."""
+"""Most graphs held in memory, the least recently used dropped first, and the largest size of one in bytes."""
 
 _recent: OrderedDict[str, Entry] = OrderedDict()
 
@@ -32,8 +32,8 @@ _recent: OrderedDict[str, Entry] = OrderedDict()
 def cached_graph(key: str | None, export: Callable[[], ir.Model], state: Mapping[str, Tensor], cache: Cache) -> ir.Model:
     """Return the optimized graph with the weights of `state`.
 
-    key      all that the graph depends on; None keeps nothing
-    export   gives the graph before it is optimized
+    key      digest of all that the graph depends on; None stores nothing
+    export   returns the graph before it is optimized
     """
 
     def make() -> Entry:
@@ -67,7 +67,7 @@ def quiet() -> Iterator[None]:
 
 
 def _write_out_norms(graph: ir.Graph) -> None:
-    """Put a product and a sum in place of each batch norm: the optimizer merges one into the layer before it, whose weight has codes."""
+    """Replace each batch norm by a product and a sum: the optimizer would merge it into the layer before it, whose weight has codes."""
     for node in list(graph):
         tensors = [value.const_value for value in node.inputs[1:] if value is not None and value.const_value is not None]
         shape = operand(node, 0).shape if node.op_type == "BatchNormalization" else None
@@ -102,7 +102,7 @@ def _remember(key: str, entry: Entry) -> None:
 
 
 def _without_weights(model: ir.Model, state: Mapping[str, Tensor]) -> Entry:
-    """Serialize the graph with weights as inputs after the network's own; initializers that are not weights stay as they are."""
+    """Serialize the graph with weights as inputs after the network's own; other initializers stay as they are."""
     graph = model.graph
     record = {"inputs": len(graph.inputs), "initializers": list(graph.initializers), "names": _next_name(graph)}
     for name in [name for name in graph.initializers if name in state]:
@@ -114,7 +114,7 @@ def _without_weights(model: ir.Model, state: Mapping[str, Tensor]) -> Entry:
 
 
 def _with_weights(entry: Entry, state: Mapping[str, Tensor]) -> ir.Model:
-    """Put the weights of `state` into the graph. Raise InvalidFile, KeyError or TypeError if they do not fit."""
+    """Insert the weights of `state` into the graph. Raises InvalidFile, KeyError or TypeError if they do not fit."""
     try:
         model = ir.from_proto(onnx.ModelProto.FromString(entry.tensors["graph"].numpy().tobytes()))
     except DecodeError as error:
@@ -138,7 +138,7 @@ def _with_weights(entry: Entry, state: Mapping[str, Tensor]) -> ir.Model:
 
 
 def _next_name(graph: ir.Graph) -> int:
-    """Return the number in the name that the graph would give to its next value."""
+    """Return the number in the name of the graph's next value."""
     node = ir.node("Identity", [])
     graph.append(node)
     graph.remove(node)
@@ -146,7 +146,7 @@ def _next_name(graph: ir.Graph) -> int:
 
 
 def _reserve_names(graph: ir.Graph, count: int) -> None:
-    """Let the graph name values as the one that was exported would, which counts names of values that it no longer has."""
+    """Let the graph number its next values as the exported one would, which also counts removed values."""
     node = ir.Node("", "Identity", [], num_outputs=count)
     for index, value in enumerate(node.outputs):
         value.name = f"val_{index}"

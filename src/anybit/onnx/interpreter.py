@@ -1,16 +1,16 @@
-"""The integer arithmetic of an exported graph: the reference that a runtime's output is compared with, bit for bit.
+"""The integer arithmetic of an exported graph: the reference with which a runtime's output is compared bit for bit.
 
-The graph is read as its Q/DQ nodes say, and an operator between quantizers is computed on their codes as an integer kernel does:
+The graph is read through its Q/DQ nodes, and an operator between quantizers is computed on their codes as by an integer kernel:
 
     convolution, linear   sum of (code - zero point) * weight code, exact, plus the int32 bias; times  sx sw / sy  in float32; rounded
     sum of two            A rA + (B rB + fixed) in float32,  rA = sA / sy,  fixed = zy - fma(rA, zA, rB zB); rounded
     average pool          the sum of (code - zero point), times  sx / (sy n)  in float32; rounded
-    concatenation         each part's codes taken to the output's grid
+    concatenation         each part's codes converted to the output's grid
     maximum, reshape, ... on the codes
 
-Rounding is half to even. Everything else is computed in float32 by the runtime's kernel of that operator alone, on what this reference made
-of all before it, and said to be so: `floats.check_graph` holds those kernels against the network.
-Sums are exact: float32 where no partial sum can leave 24 bits, also of the upper and the lower bits apart, float64 else.
+Rounding is half to even. Everything else is computed in float32 by the runtime's kernel for that operator alone, on this reference's
+earlier results, and is marked as such: `floats.check_graph` compares those kernels with the network.
+Sums are exact: in float32 if no partial sum can exceed 24 bits, also separately for the upper and the lower bits, else in float64.
 """
 
 import math
@@ -31,15 +31,15 @@ from anybit.onnx.values import maker, name_of, numbers
 f32 = np.float32
 
 Operator = Callable[[list[Any], Mapping[str, Any]], Any]
-"""operator(inputs, settings) -> its result; None where it has no form of its own here."""
+"""operator(inputs, settings) -> its result; None if it has no implementation here."""
 
 ARITHMETIC = {"Add", "Mul", "GlobalAveragePool"}
-"""Operators with a float form of their own here, which a runtime may compute in another order."""
+"""Operators with a float implementation here, which a runtime may compute in another order."""
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Integers with the grid that they are on; `axis` of the scale's dimension where it has one, `block` numbers of which share a scale."""
+    """Integers and their grid; `axis` is the scale's dimension if it has one, of which `block` numbers share a scale."""
 
     codes: Tensor
     scale: Tensor
@@ -52,22 +52,22 @@ class Codes:
         return self.codes.int() - self._along(self.zero_point.int())
 
     def values(self) -> Tensor:
-        """Return the float32 numbers that they stand for."""
+        """Return the float32 numbers that the codes represent."""
         return self.offsets().float() * self._along(self.scale)
 
     def _along(self, numbers: Tensor) -> Tensor:
         if numbers.dim() == 0:
             return numbers
-        if self.block:  # a number for each block of so many along the axis, and for each place on the others
+        if self.block:  # one number per block along the axis, and per place on the others
             return numbers.repeat_interleave(self.block, self.axis) if numbers.dim() > 1 else numbers
         return numbers.reshape([-1 if axis == self.axis % self.codes.dim() else 1 for axis in range(self.codes.dim())])
 
 
 @dataclass(frozen=True)
 class Pending:
-    """The sum of an integer operator, until a quantizer takes it to its grid.
+    """The sum of an integer operator before a quantizer rounds it to its grid.
 
-    values  what it is in float, where no quantizer follows;   exactly  whether a runtime computes that from the exact sum, too
+    values  the float result if no quantizer follows;   exactly  whether a runtime also computes that from the exact sum
     """
 
     rounded: Callable[[Tensor, Tensor], Tensor]
@@ -77,12 +77,12 @@ class Pending:
 
 @dataclass
 class Interpretation:
-    """values     name -> float tensors and codes of the graph, as a runtime gives them
-    apart      name of a value that a runtime gave -> how far it is from what the interpreter makes of what that runtime gave before
-    constants  name -> what depends on no input, unpacked weights among them
+    """values     name -> float tensors and codes of the graph, as in a runtime
+    apart      name of a runtime's value -> its difference from the interpreter's result on the runtime's own earlier values
+    constants  name -> values that depend on no input, including unpacked weights
     in_float   names of the nodes that were computed in float, though not on constants
-    floats     names of the values that come from such a node, with no quantizer since
-    rounded    names of the codes that such values were rounded to
+    floats     names of the values that such a node computed, without a quantizer since
+    rounded    names of the codes to which such values were rounded
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Interpretation:
 
 @dataclass(frozen=True)
 class Apart:
-    """Of a value's `size` numbers `count` differ, by at most `largest`."""
+    """`count` of a value's `size` numbers differ, by at most `largest`."""
 
     count: int
     size: int
@@ -109,10 +109,10 @@ class Apart:
 
 @torch.no_grad()
 def interpret(model: ir.Model, inputs: Mapping[str, Tensor], runtime: Mapping[str, Tensor] | None = None) -> Interpretation:
-    """Run the graph on `inputs`; raises UnsupportedModel naming the operator that has no implementation.
+    """Run the graph on `inputs`. Raises UnsupportedModel naming an operator without an implementation.
 
-    `runtime` holds values that a runtime gave. Each is compared with the interpreter's, and then taken over in its place, so that every
-    operator is judged by itself: a difference shows where it arises, and nowhere after.
+    `runtime` holds values that a runtime computed. Each is compared with the interpreter's and then replaces it, so that every operator is
+    judged separately: a difference shows where it arises, and nowhere later.
     """
     done, runtime = Interpretation(), runtime or {}
     held: dict[str, Any] = dict(inputs)
@@ -159,7 +159,7 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor], runtime: Mapping[st
 
 
 def _summed_in_float(value: ir.Value | None, held: Mapping[str, Any]) -> str | None:
-    """Name the node behind a sum or a pool that no quantizer takes up: a runtime adds it up in float, in an order of its own."""
+    """Return the name of the node behind a sum or a pool that no quantizer reads: a runtime adds it up in float, in its own order."""
     pending = None if value is None else held.get(name_of(value))
     return name_of(maker(value)) if isinstance(pending, Pending) and not pending.exactly else None
 
@@ -178,7 +178,7 @@ def _plain(value: Any) -> Tensor:
 
 
 def _in_float(node: ir.Node, inputs: list[Tensor | None], versions: tuple[int, int]) -> list[Tensor]:
-    """Run one operator by the runtime's own kernel."""
+    """Run one operator with the runtime's own kernel."""
     try:
         arrays = run_node(node, [None if tensor is None else tensor.contiguous().numpy() for tensor in inputs], versions)
     except Exception as error:  # of many kinds
@@ -217,8 +217,8 @@ def _dequantize(inputs: list[Any], settings: Mapping[str, Any]) -> Codes:
 
 
 def _exact(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, fan_in: int) -> Tensor:
-    """Compute function(x, weight), linear in x, on integers, exactly: in float32 if every partial sum fits its 24 bits, of x or of its
-    upper and lower bits apart."""
+    """Compute function(x, weight), linear in x, on integers, exactly: in float32 if every partial sum of x, or of its upper and lower bits
+    separately, fits into 24 bits."""
 
     def fits(numbers: Tensor) -> bool:
         largest = fan_in * int(numbers.abs().max()) * int(weight.abs().max()) if numbers.numel() and weight.numel() else 0
@@ -292,7 +292,7 @@ def _linear(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
     return _scaled(total, inputs, -1)
 
 
-# What joins and pools
+# Joins and pools
 
 
 def _sum(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
@@ -314,7 +314,7 @@ def _product(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
     a, b = inputs
     if isinstance(a, Codes) and isinstance(b, Codes):
         total = a.offsets() * b.offsets()
-        # The zero point is added before rounding: beside it a float32 just below a half is a half.
+        # The zero point is added before rounding, since the addition may round a float32 just below a half up to it.
         return Pending(
             lambda sy, zy: _rounded(total.float() * (a.scale * b.scale / sy) + zy, torch.zeros(())), lambda: a.values() * b.values()
         )
@@ -360,7 +360,7 @@ def _maximum(inputs: list[Any], settings: Mapping[str, Any]) -> Tensor:
     kernel, spatial = settings["kernel_shape"], len(settings["kernel_shape"])
     strides, dilations = (settings.get(key, [1] * spatial) for key in ("strides", "dilations"))
     padding = _padding(settings, plain.shape[2:], kernel, strides, dilations)
-    if settings.get("ceil_mode", 0):  # as much again as lets the last window be whole, if it begins before the padding behind the numbers
+    if settings.get("ceil_mode", 0):  # extend the end to a whole last window, if that begins before the padding at the end
         for axis in range(spatial):
             place = 2 * (spatial - 1 - axis)
             before, after = padding[place : place + 2]
@@ -373,7 +373,7 @@ def _maximum(inputs: list[Any], settings: Mapping[str, Any]) -> Tensor:
     return function(padded, kernel, strides, 0, dilations).to(plain.dtype)
 
 
-# What moves numbers
+# Moving numbers
 
 
 def _moved(function: Callable[[Tensor, list[Any], Mapping[str, Any]], Tensor | None]) -> Operator:
@@ -394,7 +394,7 @@ def _flatten(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor:
 def _slice(x: Tensor, rest: list[Any], settings: Mapping[str, Any]) -> Tensor | None:
     starts, ends = (tensor.tolist() for tensor in rest[:2])
     axes, steps = [None if tensor is None else tensor.tolist() for tensor in [*rest[2:], None, None][:2]]
-    if steps is not None and min(steps, default=1) < 0:  # whose ends are other than Python's
+    if steps is not None and min(steps, default=1) < 0:  # whose ends differ from Python's
         return None
     index = [slice(None)] * x.dim()
     for place, (start, end) in enumerate(zip(starts, ends, strict=True)):

@@ -1,11 +1,11 @@
-"""How long every layer takes in float and on integers, on this machine: what a budget of latency is counted by.
+"""Latency of every layer in float and on integers, on this machine: the basis of latency budgets.
 
-    1. The network is exported twice, in float32 and with every layer on integers, and the runtime's profiler tells each kernel's time.
-       Times of kernels are scaled such that they add up to the latency without the profiler.
-    2. A third export has every second layer in float. What it takes above the sum of its parts is what its boundaries cost, shared among
-       the numbers that cross them. Which numbers cross in other schemes follows from who feeds whom.
+    1. The network is exported twice, in float32 and with every layer on integers, and the runtime's profiler measures each kernel. The
+       times of kernels are scaled to add up to the latency without the profiler.
+    2. A third export has every second layer in float. Its time above the sum of its parts is the cost of its boundaries, shared among the
+       numbers that cross them. Which numbers cross in other schemes follows from the wiring.
 
-Bits enter through the kernel alone: whatever has 2 to 8 bits runs as int8.
+Bits only determine the kernel: 2 to 8 bits all run as int8.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ from anybit.scheme import FLOAT, Precision, Scheme
 def measure_latency(
     network: ObservedNetwork, batch: Batch, rounds: int = 20, threads: int = 1, cache: Cache = Cache()
 ) -> tuple[LatencyTable, dict[str, Any]]:
-    """Return (the table, what was measured and predicted for whole networks) at one sample a forward pass; `cache` keeps the graph."""
+    """Return (the table, the measured and predicted latency of whole networks) for one sample per pass; `cache` stores the graph."""
     on_integers = _on_integers(network)
     whole = {name: options[0] if options else network.choices[name][0] for name, options in on_integers.items()}
     free = [name for name, options in on_integers.items() if options]
@@ -69,7 +69,7 @@ def measure_latency(
 
 
 def latency_of(canonical: Canonical, batch: Batch, rounds: int = 20, threads: int = 1) -> dict[str, float]:
-    """Measure the seconds of a finished network's exported file and of its float32 file, alternating."""
+    """Measure the seconds of a finished network's exported file and its float32 file, alternating."""
     file = exported(canonical, batch)
     one = probe_of(batch, 1)
     runners = {"exported": _runner(file.integer, one, threads), "float32": _runner(file.floating, one, threads)}
@@ -83,7 +83,7 @@ def _runner(graph: ir.Model, batch: Batch, threads: int):
 
 
 def _on_integers(network: ObservedNetwork) -> dict[str, list[Precision]]:
-    """Return layer -> those of its choices that run on integers."""
+    """Return layer -> its choices that run on integers."""
     products = _products(network)
     return {name: [p for p in options if kernel_class(p, name in products) == "int8"] for name, options in network.choices.items()}
 
@@ -109,8 +109,8 @@ def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: 
             running.run(None, feeds)
         try:
             events = json.loads(Path(running.end_profiling()).read_text())
-        except (OSError, ValueError) as error:  # the runtime says nothing of a disk that is full
-            raise AnybitError(f"{folder} has no room for the runtime's profile. Make some, or point TMPDIR at another folder.") from error
+        except (OSError, ValueError) as error:  # the runtime does not report a full disk
+            raise AnybitError(f"{folder} has no room for the runtime's profile. Make room, or set TMPDIR to another folder.") from error
     times = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
@@ -129,7 +129,7 @@ def _kernels(graph: ir.Model, batch: Batch, seconds: float, threads: int, runs: 
 
 
 def _owners(graph: ir.Model, kernels: Sequence[str]) -> dict[str, str]:
-    """Return kernel -> its layer. Kernels are named after their node, or after the value that a fused one gives."""
+    """Return kernel -> its layer. Kernels are named after their node or, if fused, after the value that they compute."""
     named = {name_of(node): node.metadata_props.get(LAYER, name_of(node)) for node in graph.graph if _is_layer(node)}
     taken = {as_written(kernel, named) for kernel in kernels} & set(named)
     owners = {kernel: named[ours] for kernel in kernels if (ours := as_written(kernel, named)) in named}
@@ -192,7 +192,7 @@ class LatencyFile(BaseModel):
 
 
 def _table_file(network: ObservedNetwork, threads: int) -> Path | None:
-    """Return the file of the table for a network of this shape, on this machine and runtime; None where the user has no home."""
+    """Return the table's file for a network of this shape, on this machine and runtime; None if the user has no home."""
     import onnxruntime
 
     operations = [[op.name, op.kind, list(op.shape[1:])] for op in network.wiring.operations]
@@ -204,12 +204,12 @@ def _table_file(network: ObservedNetwork, threads: int) -> Path | None:
 
 
 def save_table(network: ObservedNetwork, table: LatencyTable, provenance: Mapping[str, Any], threads: int = 1) -> None:
-    """Write the table to where `load_table` looks."""
+    """Write the table to the file that `load_table` reads."""
     place = _table_file(network, threads)
     if place is None:
-        warnings.warn("The table is not kept: you have no home folder, and XDG_CACHE_HOME names no other.", stacklevel=2)
+        warnings.warn("The table is not stored: you have no home folder, and XDG_CACHE_HOME is not set.", stacklevel=2)
         return
-    with whole_file(place, "Make room, or let XDG_CACHE_HOME name another folder.") as draft:
+    with whole_file(place, "Make room, or set XDG_CACHE_HOME to another folder.") as draft:
         write_json(draft, sealed({"version": 2, "of": place.stem, **asdict(table), "about": dict(provenance)}))
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class LayerOperator:
     """transposed  whether an integer weight is stored [fan-in, channels]
-    integer     whether runtimes have a kernel of it on integers
-    lookup      whether it looks up rows of the weight, which then comes first of its inputs, and computes nothing
+    integer     whether runtimes have an integer kernel for it
+    lookup      whether it only looks up rows of the weight, which is then its first input
     """
 
     transposed: bool = False
@@ -16,7 +16,7 @@ class LayerOperator:
 
     @property
     def weight_input(self) -> int:
-        """Which of its inputs the weight is."""
+        """Return the index of the weight among the inputs."""
         return 0 if self.lookup else 1
 
 
@@ -31,5 +31,5 @@ NO_LAYER = LayerOperator(integer=False)
 
 
 def layer_operator(kind: str) -> LayerOperator:
-    """Look up an operator; of one that no layer becomes, that it has no kernel on integers."""
+    """Return the properties of an operator; one that no layer becomes has no integer kernel."""
     return LAYER_OPERATORS.get(kind, NO_LAYER)

@@ -1,9 +1,9 @@
-"""Which tensor of the float graph becomes which integers: the canonical model's quantizers and rounded edges laid onto the graph.
+"""Which tensors of the float graph become which integers: the canonical model's quantizers and rounded edges, mapped to the graph.
 
-    a rounded edge             `networks.integers` says which tensors are, and the graph's values are told by their numbers
-    an integer layer's input   its own quantizer, where no edge is
-    what only moves numbers    (reshape, transpose, maximum pool, slice) shares the codes of what it reads
-    what only clamps           (ReLU, ReLU6) is a bound on the codes of its output
+    a rounded edge             chosen by `networks.integers`; its value in the graph is identified by its numbers
+    an integer layer's input   its own quantizer if it is not an edge
+    moving numbers             (reshape, transpose, maximum pool, slice) keeps the codes of the input
+    a clamp                    (ReLU, ReLU6) bounds the codes of its output
     a function of one tensor   (SiLU, GELU, hard-swish, x + 1) is computed in float between quantizers, or is a table from codes to codes,
                                which is exact and slower
 
@@ -33,7 +33,7 @@ MOVES = {
 }  # fmt: skip
 CLAMPS = {"Relu", "Clip"}
 JOINT = {"Add", "Mul", "Concat", "GlobalAveragePool", "AveragePool"}
-"""Operators besides layers that runtimes compute on integers (`on_integers` says which of them)."""
+"""Operators besides layers with integer kernels in runtimes (`on_integers` selects among them)."""
 ELEMENTWISE = {
     "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Log", "Abs", "Neg", "Min", "Max", "Reciprocal", "Floor", "Ceil", "Round", "Erf",
     "Sigmoid", "Tanh", "Gelu", "HardSwish", "HardSigmoid", "LeakyRelu", "Elu", "Selu", "Celu", "Mish", "Softplus", "Softsign",
@@ -51,7 +51,7 @@ class Affine:
 
     @classmethod
     def of_range(cls, low: float, high: float) -> "Affine":
-        """Return the 8-bit quantizer of an edge's range."""
+        """Return the 8-bit quantizer for an edge's range."""
         return cls(*edge_grid(low, high))
 
     def code(self, value: float) -> int:
@@ -64,11 +64,11 @@ class Plan:
     """The writer's plan for each value and node, by name.
 
     integer    layers that compute on integers
-    inputs     layer -> the quantizer of its input, or of both operands of a matmul (all layers that have one, integer or not)
+    inputs     layer -> the quantizer of its input, or of both operands of a matmul (for all layers that have one, integer or not)
     edges      value -> its quantizer; values that share codes share it
     clamped    value -> (producer's value, lowest, highest) of a clamp that its quantizer absorbs
-    tables     value -> the value that it is a function of
-    names      value -> the rounded edge that it is
+    tables     value -> the value of which it is a function
+    names      value -> the rounded edge that it represents
     """
 
     integer: set[str] = field(default_factory=set)
@@ -87,7 +87,7 @@ def make_plan(
 ) -> Plan:
     """Plan `graph`, the float graph of canonical `model`.
 
-    names    value -> the edge that it is, of those that the model rounds
+    names    value -> the edge that it represents, among those that the model rounds
     tables   whether functions of one value become tables
     """
     return _Planner(model, graph, names, tables).plan
@@ -143,7 +143,7 @@ class _Planner:
                 self.plan.clamped[name_of(node.outputs[0])] = (source, *bounds)
 
     def _tables(self) -> None:
-        """Find the values that are elementwise functions of one value, and not clamps of it alone, and who reads them as codes."""
+        """Find the values that are elementwise functions of one value, other than a clamp, and are read as codes."""
         base: dict[str, str] = {}
         for node in self.graph:
             inputs = [value for value in node.inputs if value is not None]
@@ -163,13 +163,13 @@ class _Planner:
 
     @cached_property
     def values(self) -> dict[str, ir.Value]:
-        """All that the graph takes and makes."""
+        """Return all inputs and results of the graph's nodes."""
         return {name_of(value): value for node in self.graph for value in node.outputs} | {
             name_of(value): value for value in self.graph.inputs
         }
 
     def _edges(self) -> None:
-        """Give every group of values that share codes the quantizer of its edge, or else that of the one layer that reads it."""
+        """Give every group of values with shared codes the quantizer of its edge, or else that of the only layer that reads it."""
         groups: dict[str, list[str]] = {}
         for value in self.values.values():
             if value.dtype == ir.DataType.FLOAT:
@@ -185,7 +185,7 @@ class _Planner:
         }  # fmt: skip
 
     def _own(self, members: list[str]) -> Affine | None:
-        """Return the quantizer of the one layer that reads these values, if nothing else does."""
+        """Return the quantizer of the only layer that reads these values, or None."""
         readers = [node for name in members for node in self.readers(self.values[name]) if name_of(node.outputs[0]) not in members]
         if self.outputs & set(members) or not all(self._is_layer(node) for node in readers if node.op_type != "Shape"):
             return None
@@ -199,32 +199,32 @@ class _Planner:
         return own[0] if len(set(own)) == 1 else None
 
     def _is_layer(self, node: ir.Node) -> bool:
-        """Return whether it is an integer layer, and not the sum that adds its bias."""
+        """Return whether the node is an integer layer, not the sum that adds its bias."""
         return node.metadata_props.get(LAYER) in self.plan.integer and BIAS not in node.metadata_props
 
     def _lacks_bias(self, root: str) -> bool:
-        """Return whether a layer's bias is yet to be added."""
+        """Return whether a later node adds the layer's bias."""
         readers = self.readers(self.values[root])
         return len(readers) == 1 and BIAS in readers[0].metadata_props
 
     def _only_clamped(self, root: str, members: list[str]) -> bool:
-        """Return whether a clamp alone reads an operator's result: the clamp's output is then the quantized value."""
+        """Return whether a clamp is the only reader of an operator's result: the clamp's output is then the quantized value."""
         readers = self.readers(self.values[root])
         alone = len(members) == 1 and len(readers) == 1 and root not in self.outputs and self.values[root].producer() is not None
         return alone and name_of(readers[0].outputs[0]) in self.plan.clamped
 
 
 def on_integers(node: ir.Node) -> bool:
-    """Return whether runtimes compute the operator, which is no layer, on integers, and rightly so.
+    """Return whether runtimes compute the operator, which is not a layer, on integers, and correctly.
 
-    Of an average pool with `ceil_mode` that counts padding they divide windows beyond the end by the whole kernel.
+    For an average pool with `ceil_mode` that counts padding, they divide windows beyond the end by the whole kernel.
     """
     counts_beyond = all(key in node.attributes and node.attributes[key].as_int() for key in ("ceil_mode", "count_include_pad"))
     return node.op_type in JOINT and not counts_beyond
 
 
 def _moves(node: ir.Node) -> bool:
-    """Return whether the node's output holds only numbers of its first input (and zero, which every quantizer has)."""
+    """Return whether the node's output contains only numbers of its first input (and zero, which every quantizer represents)."""
     filled = constant(node.inputs[2]) if node.op_type == "Pad" and len(node.inputs) > 2 else None
     mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
     zeros = node.op_type != "Pad" or mode != "constant" or filled is None or not filled.any()
@@ -232,7 +232,7 @@ def _moves(node: ir.Node) -> bool:
 
 
 def _bounds(node: ir.Node) -> tuple[float, float] | None:
-    """Return (lowest, highest) value that a clamp lets through; None where they are computed."""
+    """Return the bounds (lowest, highest) of a clamp; None if they are computed."""
     if node.op_type == "Relu":
         return 0.0, np.inf
     ends = []

@@ -1,4 +1,4 @@
-"""ONNX's recurrent operators, whose weights hold all directions of a layer with the gates in an order of their own."""
+"""ONNX's recurrent operators, whose weights combine all directions of a layer, with gates in their own order."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,11 +10,11 @@ from anybit.onnx.values import constant, name_of
 GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 """Operator -> the gates of a weight in PyTorch's order, as the operator has them."""
 WEIGHTS = (1, 2)
-"""Which of the inputs are weights, [directions, gates x hidden, inputs]."""
+"""Indices of the inputs that are weights, [directions, gates x hidden, inputs]."""
 
 
 def fold_weights(graph: ir.Model, values: Mapping[str, np.ndarray]) -> None:
-    """Make each weight that the exporter's graph computes of constants the constant that it is, by the values of a run."""
+    """Replace each weight that the exporter's graph computes from constants by its value, taken from a run."""
     for node in graph.graph:
         for index in WEIGHTS if node.op_type in GATES else ():
             value = node.inputs[index]
@@ -27,7 +27,7 @@ def fold_weights(graph: ir.Model, values: Mapping[str, np.ndarray]) -> None:
 
 
 def _is_constant(value: ir.Value) -> bool:
-    """Return whether a value depends on no input of the graph."""
+    """Return whether a value depends on none of the graph's inputs."""
     ahead, seen = [value], set()
     while ahead:
         value = ahead.pop()
@@ -40,7 +40,7 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def matrices(graph: ir.Model, weights: Mapping[str, np.ndarray]) -> Iterator[tuple[ir.Node, int, list[str]]]:
-    """Yield (node, input, the layers whose weights that input is, one for each direction) of each input that is made of `weights`."""
+    """Yield (node, input, the layers of that input's weights, one per direction) for each input made of `weights`."""
     for node in graph.graph:
         for index in WEIGHTS if node.op_type in GATES else ():
             held = constant(node.inputs[index])
@@ -57,6 +57,6 @@ def _layer_of(direction: np.ndarray, kind: str, weights: Mapping[str, np.ndarray
 
 
 def _ordered(weight: np.ndarray, kind: str) -> np.ndarray:
-    """Return a weight of PyTorch's with its gates as the operator has them."""
+    """Return a PyTorch weight with its gates in the operator's order."""
     gates = GATES[kind]
     return weight.reshape(len(gates), -1, weight.shape[1])[list(gates)].reshape(weight.shape)

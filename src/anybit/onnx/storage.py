@@ -1,9 +1,9 @@
-"""Weight codes of 2..8 bits (or none) in an ONNX file: packed bytes, and standard operators that unpack them to int8 at load.
+"""Weight codes of 2..8 bits (or none) in an ONNX file: packed bytes, and standard operators that unpack them to int8 on loading.
 
     8 bits      an int8 initializer
     4 bits      an int4 initializer and a Cast
-    others      planes of 4, 2 and 1 bits, the lowest first, each packed densely; a plane is unpacked by looking its bytes up in a table
-                of what the fields in them are worth, and the planes are added
+    others      planes of 4, 2 and 1 bits, the lowest first, each packed densely; a plane is unpacked by looking up its bytes in a table of
+                the values of their fields, and the planes are added
     0 bits      one zero, expanded
 
 All operators have constant inputs, so that a runtime folds them once; their sum stays within int8. Bitwise operators would be the
@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 PLANES = {2: (2,), 3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
-"""Bits -> widths of its planes, the lowest first."""
+"""Bits -> widths of the planes, the lowest first."""
 
 Emit = Callable[..., ir.Value]
 """emit(op_type, inputs, attributes, name) -> the new node's output."""
@@ -26,7 +26,7 @@ Constant = Callable[[str, np.ndarray], ir.Value]
 
 
 def stored(name: str, codes: np.ndarray, bits: int, emit: Emit, constant: Constant) -> ir.Value:
-    """Store `codes` (int8, any shape, of `bits` bits) in as few bytes, and return the int8 value that unpacks them."""
+    """Store `codes` (int8, any shape, of `bits` bits) in as few bytes as possible, and return the int8 value that unpacks them."""
     if bits == 0:
         zero, shape = constant("zero_code", np.zeros(1, np.int8)), constant(f"{name}.shape", np.array(codes.shape, np.int64))
         return emit("Expand", [zero, shape], {}, "")
@@ -69,5 +69,5 @@ def field_table(width: int, shift: int, signed: bool) -> np.ndarray:
 
 
 def stored_bytes(counts: Sequence[tuple[int, int]]) -> int:
-    """Return the bytes that the packed codes of (weights, bits) take at least."""
+    """Return the fewest bytes for packed codes of these (weights, bits)."""
     return sum(-(-count * bits // 8) for count, bits in counts)

@@ -1,4 +1,4 @@
-"""How long an exported file takes, against the same runtime's float32 file: in turns, on one thread, as a ratio."""
+"""Latency of an exported file against the same runtime's float32 file: alternating, on one thread, as a ratio."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +10,9 @@ Runner = Callable[[], Any]
 
 
 def in_turns(runners: Mapping[str, Runner], rounds: int, seconds: float = 0.05) -> dict[str, list[float]]:
-    """Time a call of each runner, one number a round; a round calls every one for about `seconds`, each after the other.
+    """Time calls of each runner; returns one number per round, in which every runner is called for about `seconds`, one after the other.
 
-    What slows the machine for a while slows all of them, so ratios within a round mean more than any of the times.
+    A slow phase of the machine slows all of them, so ratios within a round mean more than the times themselves.
     """
     repeats = {}
     for name, runner in runners.items():

@@ -1,9 +1,9 @@
-"""A digest of all that the exporter's graph of a network depends on: everything but the values of its weights.
+"""A digest of everything that the exporter's graph of a network depends on, except the values of its weights.
 
-Two forward passes, on batches and texts of different sizes, are recorded operator by operator: each with its arguments, tensors by where
-they come from (a weight's name, an input, an earlier operator; others, which the exporter keeps as constants, by their values). So a change
-anywhere in the code, or in a number that it holds, shows. What shows in neither pass, such as branches for other sizes, is covered by the
-code of the modules' classes and the versions of the packages that they come from.
+Two forward passes, on batches and texts of different sizes, are recorded operator by operator with their arguments. A tensor is identified
+by its origin (a weight's name, an input, an earlier operator); others, which the exporter stores as constants, by their values. Any change
+of the code, or of a number in it, therefore shows. Code that runs in neither pass, such as branches for other sizes, is covered by the code
+of the modules' classes and the versions of their packages.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from anybit.environment import code_version
 from anybit.files.contents import digest
 
 EXPORTER = ("torch", "onnx", "onnx_ir", "onnxscript")
-"""Packages whose versions the graph depends on, besides those that the modules come from."""
+"""Packages besides the modules' own whose versions the graph depends on."""
 
 
 def graph_digest(model: nn.Module, inputs: Inputs, length: int | None) -> str:
     """Return the SHA-256 over the structure, code and recorded passes of `model`; `length` is that of padded texts among the inputs.
 
-    Raises whatever the forward raises where its operators cannot be recorded.
+    Raises any error of the forward if its operators cannot be recorded.
     """
     classes = {f"{type(module).__module__}.{type(module).__qualname__}": type(module) for module in model.modules()}
     packages = {*EXPORTER, *(name.partition(".")[0] for name in classes)}
@@ -47,12 +47,12 @@ def graph_digest(model: nn.Module, inputs: Inputs, length: int | None) -> str:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers under all their names."""
+    """Return parameters and buffers under all their names."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _of_another_size(inputs: Inputs, length: int | None) -> Inputs:
-    """Add a sample and shorten texts by a token: operators whose arguments follow the size differ from those that do not."""
+    """Add a sample and shorten texts by a token, to distinguish operators whose arguments depend on the size."""
 
     def resized(tensor: Tensor) -> Tensor:
         longer = torch.cat([tensor, tensor[:1]])
@@ -62,7 +62,7 @@ def _of_another_size(inputs: Inputs, length: int | None) -> Inputs:
 
 
 def _class_code(cls: type) -> list[str]:
-    """Return the code of the class's functions and of those that it inherits; PyTorch's own are known by its version."""
+    """Return the code of the class's own and inherited functions; PyTorch's are identified by its version."""
     return [
         f"{base.__qualname__}.{name}: {_code(function.__code__)}"
         for base in cls.__mro__
@@ -73,7 +73,7 @@ def _class_code(cls: type) -> list[str]:
 
 
 def _functions(member: Any) -> Iterator[FunctionType]:
-    """Yield the Python functions in a class's attribute, seen through decorators."""
+    """Yield the Python functions in a class's attribute, unwrapped from decorators."""
     parts = [member.fget, member.fset] if isinstance(member, property) else [getattr(member, "__func__", member)]
     for part in parts:
         while isinstance(part, FunctionType):
@@ -87,13 +87,13 @@ def _code(code: CodeType) -> str:
 
 
 def _repr(constant: Any) -> str:
-    """Return a representation that is the same in every process, which the order of a set is not."""
+    """Return a representation that is the same in every process, unlike the order of a set."""
     return repr(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)
 
 
 def _recorded(model: nn.Module, inputs: Inputs) -> list[Any]:
-    """Record names and shapes of weights and inputs, and what one pass does with them."""
-    recorder, inputs = _Recorder(), map_tensors(inputs, Tensor.clone)  # the forward may write into them
+    """Record names and shapes of weights and inputs, and the operators of one pass."""
+    recorder, inputs = _Recorder(), map_tensors(inputs, Tensor.clone)  # the forward may modify them
     for name, tensor in [*state_of(model).items(), *((f"input/{i}", tensor) for i, tensor in enumerate(tensors_in(inputs)))]:
         recorder.steps.append([name, recorder.known(tensor, name), list(tensor.shape), str(tensor.dtype), type(tensor).__name__])
     structure = _structure(inputs)
@@ -120,7 +120,7 @@ def _structure(value: Any) -> Any:
 
 
 class _Recorder(TorchDispatchMode):
-    """Records every operator with its arguments; a tensor's label says where it comes from."""
+    """Records every operator with its arguments; a tensor's label states its origin."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class _Recorder(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        described = [str(function), self.describe(args), self.describe(kwargs or {})]  # before an operator that writes in place
+        described = [str(function), self.describe(args), self.describe(kwargs or {})]  # before an in-place operator changes them
         outputs = function(*args, **(kwargs or {}))
         for tensor in tensors_in(outputs):
             self.count += 1
@@ -138,19 +138,19 @@ class _Recorder(TorchDispatchMode):
         return outputs
 
     def mark(self, event: str, *_: Any) -> None:
-        """Record that a module is entered or left."""
+        """Record that a module begins or ends."""
         self.steps.append(event)
 
     def known(self, tensor: Tensor, label: str) -> str:
-        """Return the tensor's label, which is `label` unless it has one."""
+        """Return the tensor's label, by default `label`."""
         return self.labels.setdefault(tensor, label)
 
     def label(self, tensor: Tensor) -> str:
-        """Return the tensor's label; for one that comes from outside, a digest of its values."""
+        """Return the tensor's label; for a tensor from outside, a digest of its values."""
         return self.labels[tensor] if tensor in self.labels else self.known(tensor, f"constant {digest([tensor])}")
 
     def describe(self, value: Any) -> Any:
-        """Describe an operator's arguments as JSON can hold them."""
+        """Describe an operator's arguments as JSON."""
         if isinstance(value, Tensor):
             return self.label(value)
         if isinstance(value, Mapping):

@@ -10,7 +10,7 @@ from anybit.onnx.values import name_of
 
 
 def run_unoptimized(model: ir.Model, feeds: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> list[np.ndarray]:
-    """Return the graph's outputs, or those of `names`. Raise what the runtime raises: its errors derive from Exception alone."""
+    """Return the graph's outputs, or those of `names`. Errors of the runtime are passed on; they derive from Exception alone."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -1,4 +1,4 @@
-"""Names, constants and makers of a graph's values, where onnx_ir lets them be missing and the exporter's graphs have them."""
+"""Names, constants and producers of a graph's values, which onnx_ir allows to be missing but the exporter's graphs have."""
 
 from collections.abc import Collection
 
@@ -7,14 +7,15 @@ import onnx_ir as ir
 
 
 def as_written(name: str, ours: Collection[str]) -> str:
-    """Return which of our names a node of the runtime's graph has, which adds "_token_" and a number; ours may hold that, too."""
+    """Return which of our names a node of the runtime's graph has: the runtime appends "_token_" and a number, which ours may contain,
+    too."""
     parts = name.split("_token_")
     cut = ["_token_".join(parts[:count]) for count in range(len(parts), 0, -1)]
     return next((one for one in cut if one in ours), cut[-1])
 
 
 def name_of(item: ir.Value | ir.Node | None) -> str:
-    """Return the name of a value or node, which all in a graph have."""
+    """Return the name of a value or node, which every one in a graph has."""
     assert item is not None and item.name is not None, "values and nodes of a graph have names"
     return item.name
 
@@ -27,7 +28,7 @@ def operand(node: ir.Node, index: int) -> ir.Value:
 
 
 def maker(value: ir.Value | None) -> ir.Node | None:
-    """Return the node that computes the value; None for an input, an initializer or an operand left out."""
+    """Return the node that computes the value; None for an input, an initializer or an omitted operand."""
     return None if value is None else value.producer()
 
 
@@ -42,7 +43,7 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
 
 
 def numbers(value: ir.Value | None) -> np.ndarray:
-    """Return the numbers of a value that must be an initializer."""
+    """Return the numbers of an initializer."""
     array = constant(value)
     assert array is not None, f"{name_of(value)} is an initializer"
     return array

@@ -1,13 +1,13 @@
-"""The promises of an exported file, checked on real inputs: that it is the run's, that it is fast, that it computes what the reference
-says.
+"""The promises of an exported file, checked on real inputs: that it belongs to the run, that it is fast, and that it computes what the
+reference does.
 
-    the run's       every constant and operator of the file is what exporting the run gives
-    fused           every layer that computes on integers has an integer kernel in the graph that the runtime makes of the file
-    bitwise         the runtime's codes and outputs are those of the integer interpreter, where no float operator stands between
-    one code        ... else operator by operator, each on the codes that the runtime gave it: integer ones bit for bit, and what a float
-                    operator is rounded to at most one code away
-    the simulation  operator by operator, each on the simulation's codes: the file's are at most one code away, as sums in another order and
-                    biases on integers explain
+    the run's       every constant and operator of the file equals the run's export
+    fused           every layer that computes on integers has an integer kernel in the graph that the runtime optimizes
+    bitwise         the runtime's codes and outputs equal those of the integer interpreter, if no float operator lies between
+    one code        ... else operator by operator, each on the runtime's own codes: integer ones bit for bit, and rounded results of a float
+                    operator within one code
+    the simulation  operator by operator, each on the simulation's codes: the file's are within one code, as explained by sums in another
+                    order and integer biases
 
 A check that this machine cannot make is skipped by name, never silently.
 """
@@ -50,18 +50,18 @@ RUN = "anybit.run"
 
 
 SIMULATED = 8
-"""Inputs on which the file's codes are compared with the simulation's."""
+"""Number of inputs on which the file's codes are compared with the simulation's."""
 
 FLOAT_TOLERANCE = 1e-3
-"""How far an output that is computed in float may be from the reference, as a share of the largest."""
+"""Largest difference of an output computed in float from the reference, as a share of the largest output."""
 
 
 @dataclass
 class Verdict:
-    """failures   what is promised and not so, each in a sentence that names the layer;   skipped  check -> why
+    """failures   each broken promise, in a sentence that names the layer;   skipped  check -> why
     kernels    layer -> the runtime's integer kernel;   floats  layer -> why it computes in float
     saturating layers that an x86 processor without VNNI computes wrongly in a session without `EXACT_SUMS`; there, those here have it
-    advice     what a session needs for them
+    advice     session setting that these layers need
     """
 
     failures: list[str] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Verdict:
 
 
 def verify_file(path: Path, file: ir.Model, exported: Exported, model: nn.Module, batch: Batch) -> Verdict:
-    """Check `file`, read from `path`, against what exporting canonical `model` made, on real inputs."""
+    """Check `file`, read from `path`, against the export of canonical `model`, on real inputs."""
     verdict = Verdict()
     if file.metadata_props.get(RUN) != exported.integer.metadata_props.get(RUN):
         verdict.failures.append("The file was exported from another run than this one, or the run has changed since.")
@@ -106,13 +106,13 @@ def verify_file(path: Path, file: ir.Model, exported: Exported, model: nn.Module
 
 
 def _as_read(model: ir.Model) -> ir.Model:
-    """Serialize the graph and read it back, with its numbers as files have them."""
+    """Serialize the graph and read it back, so that its numbers have the form that they have in files."""
     proto = ir.to_proto(model)
     return ir.from_proto(type(proto).FromString(proto.SerializeToString()))
 
 
 def _check_contents(verdict: Verdict, file: ir.Model, expected: ir.Model) -> None:
-    """Check that the file's constants and operators are those that exporting the run gives."""
+    """Check that the file's constants and operators equal those of the run's export."""
     stored, promised = _contents(file), _contents(expected)
     for name in promised:
         if name not in stored:
@@ -122,17 +122,17 @@ def _check_contents(verdict: Verdict, file: ir.Model, expected: ir.Model) -> Non
         elif (different := int((stored[name] != promised[name]).sum())) > 0:
             detail = f"{different} of {promised[name].size} stored numbers are not the run's"
             verdict.failures.append(f"{name}: {detail}. {_readers(expected, name)}")
-    verdict.failures += [f"{name} is in the file and not in what the run gives." for name in stored if name not in promised]
+    verdict.failures += [f"{name} is in the file but not in the run's export." for name in stored if name not in promised]
     operators = [[_described(node) for node in model.graph] for model in (file, expected)]
     if operators[0] != operators[1]:
         index = next((i for i, (a, b) in enumerate(zip(*operators, strict=False)) if a != b), min(map(len, operators)))
         node = list(expected.graph)[index] if index < len(operators[1]) else None
         where = "at its end" if node is None else f"from {_place(node)} on"
-        verdict.failures.append(f"The operators of the file are not those that the run gives, {where}.")
+        verdict.failures.append(f"The operators of the file are not those of the run's export, {where}.")
 
 
 def _safe_to_run(file: ir.Model, expected: ir.Model) -> bool:
-    """Return whether the file differs from the run's graph in the values of its constants at most, and in none that is a shape or an
+    """Return whether the file differs from the run's graph at most in the values of its constants, and in none that is a shape or an
     index."""
     stored, promised = _contents(file), _contents(expected)
     same = set(stored) == set(promised) and all(stored[name].shape == promised[name].shape for name in promised)
@@ -141,7 +141,7 @@ def _safe_to_run(file: ir.Model, expected: ir.Model) -> bool:
 
 
 def _described(node: ir.Node) -> tuple:
-    """Return all that says what a node computes, of what, and what it calls it."""
+    """Return everything that determines a node's computation, its operands and its outputs' names."""
     settings = sorted((name, str(attribute.type), repr(attribute.value)) for name, attribute in node.attributes.items())
     return (
         node.domain,
@@ -165,7 +165,7 @@ def _contents(model: ir.Model) -> dict[str, np.ndarray]:
 
 
 def _readers(model: ir.Model, name: str) -> str:
-    """Say which layers a shared constant serves."""
+    """Name the layers that use a shared constant."""
     value = model.graph.initializers[name]
     places = sorted({_served(use.node) for use in value.uses()})
     return f"It serves {', '.join(places[:3])}{' and others' if len(places) > 3 else ''}."
@@ -182,7 +182,7 @@ def _served(node: ir.Node) -> str:
 
 
 def _place(node: ir.Node | None) -> str:
-    """Return the layer or operator that a node belongs to: its own name, or that of the nearest named one before it."""
+    """Return the layer or operator to which a node belongs: its own name, or that of the nearest named node before it."""
     while node is not None and (not node.name or node.op_type in ("QuantizeLinear", "DequantizeLinear")):
         node = next((value.producer() for value in node.inputs if value is not None and constant(value) is None), None)
     return "the input" if node is None else name_of(node)
@@ -192,7 +192,7 @@ def _place(node: ir.Node | None) -> str:
 
 
 def _check_kernels(verdict: Verdict, path: Path, exported: Exported, model: nn.Module) -> None:
-    """Count the integer kernels of the graph that the runtime makes of the file."""
+    """Count the integer kernels in the graph that the runtime optimizes."""
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
@@ -208,14 +208,14 @@ def _check_kernels(verdict: Verdict, path: Path, exported: Exported, model: nn.M
         if fused and len(fused) == len(calls) and layer in exported.plan.integer:
             verdict.kernels[layer] = fused[0]
         elif fused and layer not in exported.plan.integer:
-            verdict.failures.append(f"{layer}: the runtime computes it on integers, though it is to stay float.")
+            verdict.failures.append(f"{layer}: the runtime computes it on integers, although it should stay float.")
         elif layer in exported.plan.integer:
             verdict.floats[layer] = "the runtime did not fuse it with its quantizers"
-            verdict.failures.append(f"{layer}: the runtime computes it in float, though its operands are integers.")
+            verdict.failures.append(f"{layer}: the runtime computes it in float, although its operands are integers.")
         else:
             verdict.floats[layer] = _why_float(exported.floating, layer, module)
             if layer in packed:
-                verdict.floats[layer] += "; its weights stay packed as it runs (MatMulNBits)"
+                verdict.floats[layer] += "; its weights stay packed at run time (MatMulNBits)"
 
 
 def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
@@ -224,10 +224,10 @@ def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
     if isinstance(module, RecurrentWeight):
         return "the products of a recurrent layer are float"
     if module.weight_group is not None:
-        return "its weights have scales for groups of inputs, which integer kernels do not"
+        return "its weights have scales for groups of inputs, which integer kernels do not support"
     kind = next((node.op_type for node in graph.graph if node.metadata_props.get(LAYER) == layer), None)
     if kind is None:
-        return "it does not depend on the inputs, and was computed once"
+        return "the file leaves it out: it depends on no input, or no output on it"
     if layer_operator(kind).lookup:
         return "an embedding looks rows up"
     return "its activations are float" if module.input_quantizer is None else f"the runtime has no integer kernel for {kind}"
@@ -237,7 +237,7 @@ def _why_float(graph: ir.Model, layer: str, module: nn.Module) -> str:
 
 
 def _check_numbers(verdict: Verdict, path: Path, file: ir.Model, exported: Exported, batch: Batch) -> None:
-    """Compare the runtime's outputs with the interpreter's, and then operator by operator: each on the codes that the runtime gave it."""
+    """Compare the runtime's outputs with the interpreter's, and then operator by operator, each on the runtime's own codes."""
     missing = lacks_exact_kernels()
     feeds = {name_of(value): tensor for value, tensor in zip(file.graph.inputs, input_tensors(batch), strict=True)}
     try:
@@ -263,7 +263,7 @@ def _check_numbers(verdict: Verdict, path: Path, file: ir.Model, exported: Expor
 
 
 def _compare_operators(verdict: Verdict, file: ir.Model, expected: ir.Model, feeds: Mapping[str, Tensor], batch: Batch) -> None:
-    """Name the first operator that the runtime computes otherwise: at all, or by more than a code where it computes in float."""
+    """Report the first operator whose result differs: at all on integers, or by more than a code in float."""
     running = session(with_codes(file))
     names = [name_of(value) for value in running.get_outputs()]
     computed = dict(zip(names, map(torch.from_numpy, outputs(running, [batch], names)), strict=True))
@@ -278,9 +278,9 @@ def _compare_operators(verdict: Verdict, file: ir.Model, expected: ir.Model, fee
     for name, apart in compared.apart.items():
         is_codes, inexact = computed[name].dtype == torch.uint8, name in compared.rounded or name in compared.floats
         largest = float(computed[name].double().abs().max()) if computed[name].numel() else 0.0
-        # Packed linears round their inputs in the runtime, which no reference follows.
+        # Packed linears round their inputs inside the runtime, which no reference reproduces.
         allowed = 0.0 if not inexact else np.inf if packed else 1.0 if is_codes else FLOAT_TOLERANCE * largest
-        if not apart.largest <= allowed:  # NaN is not
+        if not apart.largest <= allowed:  # also fails for NaN
             unit = "codes" if is_codes else "outputs"
             verdict.failures.append(
                 f"{_place(nodes[name])}: {apart.count} of {apart.size} {unit} differ between the runtime and the reference, by up to "
@@ -290,7 +290,7 @@ def _compare_operators(verdict: Verdict, file: ir.Model, expected: ir.Model, fee
 
 
 def with_codes(model: ir.Model) -> ir.Model:
-    """Return the same graph with the codes of every quantized value among its outputs."""
+    """Return the graph with the codes of every quantized value among its outputs."""
     shown = ir.from_proto(ir.to_proto(model))
     for node in shown.graph:
         value, table = node.outputs[0], constant(node.inputs[0]) if node.op_type == "Gather" else None
@@ -302,7 +302,7 @@ def with_codes(model: ir.Model) -> ir.Model:
 
 
 def saturating(model: nn.Module, plan: Plan) -> list[str]:
-    """List integer layers in which two neighbouring products of a code of the input and one of the weight can leave 16 bits together."""
+    """List integer layers in which the sum of two neighbouring products of an input code and a weight code can exceed 16 bits."""
     layers = quantized_layers(model)
     weighted = [name for name in plan.integer if type_of(layers[name]).has_weights]  # both operands of a matmul are unsigned
     largest = {name: max(map(abs, codes.aminmax())) for name in weighted if (codes := weight_numbers(layers[name])[0].int()).numel()}
@@ -310,20 +310,20 @@ def saturating(model: nn.Module, plan: Plan) -> list[str]:
 
 
 def lacks_vnni() -> bool:
-    """Return whether this is an x86 processor that, left to itself, sums 8-bit products in 16 bits."""
+    """Return whether this is an x86 processor that sums 8-bit products in 16 bits by default."""
     return x86_flags() is not None and asks_for_exact_sums()
 
 
 def lacks_exact_kernels() -> str | None:
-    """Say why the runtime's integer kernels may differ from exact sums on this processor; None if they do not."""
-    return "the processor is not known to be an x86 one, and others have not been tried" if x86_flags() is None else None
+    """Return why the runtime's integer kernels may differ from exact sums on this processor, or None."""
+    return "the processor is not known to be an x86 one, and others are untested" if x86_flags() is None else None
 
 
 # The simulation beside it
 
 
 def simulated_codes(exported: Exported, batch: Batch) -> dict[str, Tensor]:
-    """Return value of the integer graph -> the codes that the simulation has there, of edges and of layers' inputs."""
+    """Return value of the integer graph -> the simulation's codes of it, for edges and layers' inputs."""
     taken: list[tuple[str, Any, Tensor, int | None]] = []
     hooks, seen = [], Counter[str]()
     for name, layer in quantized_layers(exported.model).items():
@@ -333,7 +333,7 @@ def simulated_codes(exported: Exported, batch: Batch) -> dict[str, Tensor]:
                 seen[name] += 1
                 operands, read = tensors_in((args, kwargs)), exported.inputs.get(name_of_call(name, seen[name]), ())
                 if len(read) == type_of(module).operands:
-                    for index, value in enumerate(read):  # rounded later: what a hook computes would count among the network's operations
+                    for index, value in enumerate(read):  # rounded later: a hook's computations would count among the network's operations
                         taken.append((value, module, operands[index].detach().clone(), index if len(read) > 1 else None))
 
             hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
@@ -353,18 +353,18 @@ def simulated_codes(exported: Exported, batch: Batch) -> dict[str, Tensor]:
 
 
 def _as_multiplied(layer: nn.Module, operand: int | None, codes: Tensor) -> Tensor:
-    """Return the codes as the layer's operator reads them: behind the transposition, where the layer has one."""
+    """Return the codes as the layer's operator reads them, transposed if the layer transposes."""
     return codes.mT if operand == 1 and isinstance(layer, Matmul) and layer.transposed else codes
 
 
 @torch.no_grad()
 def check_simulation(verdict: Verdict, exported: Exported, batch: Batch) -> None:
-    """Compare the file's codes with the simulation's, operator by operator: each on the codes that the simulation has."""
+    """Compare the file's codes with the simulation's, operator by operator, each on the simulation's codes."""
     if missing := edge_grids(exported.model).keys() - exported.edges.keys():
         values = rounded_values(exported.model, batch)
         verdict.failures += [
             f"{edge}: the simulation rounds it to 8 bits, and the file does not."
-            for edge in values  # one that holds what another does, such as a sum with 0, is rounded there
+            for edge in values  # one that equals another, such as a sum with 0, is rounded there
             if edge in missing and not any(torch.equal(values[edge], values[other]) for other in exported.edges)
         ]
     feeds = {name_of(value): tensor for value, tensor in zip(exported.integer.graph.inputs, input_tensors(batch), strict=True)}
@@ -392,8 +392,8 @@ def check_simulation(verdict: Verdict, exported: Exported, batch: Batch) -> None
 
 
 def _before_moves(name: str, nodes: Mapping[str, ir.Node], values: Mapping[str, Tensor], shape: torch.Size) -> str | None:
-    """Return the value of that shape that value `name` is, or is laid out from, such as an input that is padded before its layer reads it;
-    None where there is none."""
+    """Return the value of that shape from which value `name` is laid out, possibly itself, such as an input before it is padded; None if
+    there is none."""
     while name in values and values[name].shape != shape:
         node = nodes.get(name)
         if node is None or node.op_type not in MOVES:
@@ -403,7 +403,7 @@ def _before_moves(name: str, nodes: Mapping[str, ir.Node], values: Mapping[str, 
 
 
 def flipped_codes(exported: Exported, batch: Batch) -> dict[str, float]:
-    """Return layer -> share of its inputs' codes that differ between the simulated and the integer network, each run by itself."""
+    """Return layer -> share of its inputs' codes that differ between the simulated and the integer network, each run separately."""
     feeds = {name_of(value): tensor for value, tensor in zip(exported.integer.graph.inputs, input_tensors(batch), strict=True)}
     simulated, values = simulated_codes(exported, batch), interpret(exported.integer, feeds).values
     flipped = {}

@@ -1,9 +1,9 @@
-"""The float graph and its plan -> an ONNX graph in which every integer operator stands between quantizers that runtimes fuse with it.
+"""The float graph and its plan -> an ONNX graph in which every integer operator lies between quantizers that runtimes fuse with it.
 
     x --QuantizeLinear--> uint8 [--Clip--> fewer bits, ReLU, ReLU6] --DequantizeLinear--> Conv, Gemm, Add, ... --QuantizeLinear--> ...
 
-Weights are int8 codes, unpacked from what `storage` keeps, with a scale for each output channel and explicit zero points; biases are int32
-in units of input scale times weight scale. Operators that only move numbers work on the codes themselves.
+Weights are int8 codes, unpacked from `storage`, with a scale for each output channel and explicit zero points. Biases are int32 in units of
+input scale times weight scale. Operators that only move numbers work on the codes themselves.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,13 +31,12 @@ from anybit.onnx.unoptimized import run_unoptimized
 from anybit.onnx.values import maker, name_of, numbers, operand
 
 TWO_BIT_VERSIONS = (25, 13)
-"""Operator set and file format that have two-bit integers: asked for only where they are used."""
+"""Operator set and file format that support two-bit integers, used only when needed."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """The integer graph, and where in it the codes of the simulation are: edges and layers -> names of the values that hold the codes of
-    the edge, and of each operand of the layer."""
+    """The integer graph, and the names of its values that hold the simulation's codes: of each edge, and of each operand of a layer."""
 
     graph: ir.Model
     edges: Mapping[str, str]
@@ -45,9 +44,9 @@ class Written:
 
 
 def write_graph(model: nn.Module, graph: ir.Model, plan: Plan, metadata: Mapping[str, str], weight_only: bool = False) -> Written:
-    """Write the integer graph of canonical `model`, given its float graph and plan; `metadata` becomes the file's.
+    """Write the integer graph of canonical `model`, given its float graph and plan; `metadata` is stored in the file.
 
-    weight_only  linears with float inputs keep their weights packed as they run: what a batch of one waits for is reading them
+    weight_only  keep the weights of linears with float inputs packed at run time: a batch of one is limited by reading them
     """
     writer = _Writer(model, graph, plan, weight_only)
     written = writer.model(metadata)
@@ -58,25 +57,25 @@ def write_graph(model: nn.Module, graph: ir.Model, plan: Plan, metadata: Mapping
 class _Writer:
     """Goes through the float graph once, in order.
 
-    floats  value of the float graph -> the same numbers in the new graph (rounded, where it is quantized)
-    codes   value -> its uint8 codes, where it is quantized
+    floats  value of the float graph -> the same numbers in the new graph (rounded if it is quantized)
+    codes   value -> its uint8 codes if it is quantized
     """
 
     def __init__(self, model: nn.Module, graph: ir.Model, plan: Plan, weight_only: bool = False):
         self.weight_only, self.versions = weight_only, (OPSET, IR_VERSION)
         self.layers, self.source, self.plan = quantized_layers(model), graph.graph, plan
         self.nodes: list[ir.Node] = []
-        self.taken = {name_of(value) for value in self.source.inputs}  # names of values, those of outputs on demand
+        self.taken = {name_of(value) for value in self.source.inputs}  # names of values; those of outputs are freed on demand
         self.constants: dict[str, ir.Value] = {}
         self.floats: dict[str, ir.Value] = {}
         self.codes: dict[str, ir.Value] = {}
         self.requantized: dict[tuple[str, Affine], ir.Value] = {}
-        self.rows: dict[str, tuple[ir.Value, ir.Value]] = {}  # name of a value -> (it as a matrix, its shape): what linears make
-        self.leads: dict[str, ir.Value] = {}  # name of a value -> all its sizes but the last, where they are known as it runs alone
-        self.unrounded: dict[str, tuple[ir.Value, float, float]] = {}  # what a float layer makes -> (it in float, the bounds of its clamp)
+        self.rows: dict[str, tuple[ir.Value, ir.Value]] = {}  # name of a linear's result -> (the result as a matrix, its shape)
+        self.leads: dict[str, ir.Value] = {}  # name of a value -> all its sizes but the last, if only known at run time
+        self.unrounded: dict[str, tuple[ir.Value, float, float]] = {}  # result of a float layer -> (float value, bounds of its clamp)
         self.units: dict[str, Affine] = {}  # layer -> the grid of its input
         self.weights: dict[tuple[str, bool], ir.Value] = {}  # (layer, whether transposed) -> its unpacked codes, for all its calls
-        self.read: dict[str, list[ir.Value]] = {}  # call of a layer -> the codes of each operand
+        self.read: dict[str, list[ir.Value]] = {}  # call of a layer -> codes of each operand
         recurrent = {name: layer.weight.detach().numpy() for name, layer in self.layers.items() if isinstance(layer, RecurrentWeight)}
         self.matrices = {(name_of(node), index): names for node, index, names in matrices(graph, recurrent)}
 
@@ -100,7 +99,7 @@ class _Writer:
         return result
 
     def _output(self, value: ir.Value) -> ir.Value:
-        """Return the model's output under its own name, which any other value loses."""
+        """Return the model's output under its own name, which any other value gives up."""
         output = self.floats[name_of(value)]
         if output.producer() is None or name_of(output) != name_of(value):
             output = self.emit("Identity", [output], {}, "")
@@ -111,7 +110,7 @@ class _Writer:
         return output
 
     def _used(self, outputs: Sequence[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
-        """Return the (nodes, initializers) that the outputs depend on: a runtime would run the others, too."""
+        """Return the (nodes, initializers) that the outputs depend on: a runtime would also run the others."""
         needed = {id(value) for value in outputs}
         used = []
         for node in reversed(self.nodes):
@@ -123,14 +122,14 @@ class _Writer:
     # Building
 
     def emit(self, kind: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], name: str) -> ir.Value:
-        """Add a node and return its output. Nodes that no reader of the file looks for have no name: names are bytes."""
+        """Add a node and return its output. Nodes that nothing looks up have no name, since names take bytes."""
         node = ir.node(kind, inputs, dict(attributes), name=name)
         node.outputs[0].name = self._untaken(name or f"v{len(self.nodes)}")
         self.nodes.append(node)
         return node.outputs[0]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """Return an initializer; the same name gives the same one."""
+        """Return an initializer; the same name returns the same one."""
         if name not in self.constants:
             unique = self._untaken(name)
             tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=unique)
@@ -138,7 +137,7 @@ class _Writer:
         return self.constants[name]
 
     def _untaken(self, name: str) -> str:
-        """Return `name`, or one like it if a layer has it."""
+        """Return `name`, or a similar name if a layer has it."""
         while name in self.taken:
             name += "_"
         self.taken.add(name)
@@ -161,7 +160,7 @@ class _Writer:
         return self.emit("Clip", [codes, *ends], {}, "")
 
     def _quantize(self, name: str, value: ir.Value, affine: Affine, low: float = -np.inf, high: float = np.inf) -> None:
-        """Quantize what the float graph calls `name`, clamped; from now on its readers get the rounded numbers."""
+        """Quantize the float graph's value `name`, clamped; its readers get the rounded numbers from now on."""
         maker = value.producer()
         layer = None if maker is None else module_of_call(name_of(maker))
         if layer in self.layers and layer not in self.plan.integer:
@@ -171,10 +170,10 @@ class _Writer:
         self._as_codes(name, codes if shape is None else self.emit("Reshape", [codes, shape], {}, ""), affine)
 
     def _pooled(self, node: ir.Node, affine: Affine) -> None:
-        """Round the maximum of a float layer's outputs after pooling: the same codes, since rounding and clamping are monotonic.
+        """Round the maximum of a float layer's outputs after pooling: the codes are the same, since rounding and clamping are monotonic.
 
-        The layer's numbers lie as its kernel likes them, in which a maximum is fast, and that of codes is not. The second Max has one
-        operand: ONNX Runtime would pull the quantizer through the pool, but not through it.
+        The layer's output has its kernel's memory layout, in which a float maximum is fast and a maximum of codes is not. The second Max
+        has one operand: ONNX Runtime would otherwise move the quantizer in front of the pool.
         """
         value, low, high = self.unrounded[name_of(node.inputs[0])]
         pooled = self.emit("Max", [self.emit("MaxPool", [value], node.attributes, name_of(node))], {}, "")
@@ -211,12 +210,12 @@ class _Writer:
                 self._quantize(name_of(value), self.floats[name_of(value)], self.plan.edges[name_of(value)])
 
     def _shares_codes(self, node: ir.Node, affine: Affine) -> bool:
-        """Return whether what the node reads, and all that it makes, is quantized by `affine`."""
+        """Return whether the node's input and all its outputs are quantized by `affine`."""
         source = name_of(node.inputs[0])
         return source in self.codes and all(self.plan.edges.get(name_of(value)) == affine for value in (node.inputs[0], *node.outputs))
 
     def _moved(self, node: ir.Node, affine: Affine) -> None:
-        """Add a node that only moves numbers, on the codes."""
+        """Add a node that only moves numbers, applied to the codes."""
         rest = list(map(self._operand, node.inputs[1:]))
         fills = "mode" not in node.attributes or node.attributes["mode"].as_string() == "constant"
         if node.op_type == "Pad" and fills:  # zero is a code
@@ -234,15 +233,15 @@ class _Writer:
             self._as_codes(name_of(old), new, affine)
 
     def _operand(self, value: ir.Value | None) -> ir.Value | None:
-        """Return what a node of the new graph reads in its place; None for an operand left out."""
+        """Return the new graph's value for an operand; None for an omitted one."""
         return None if value is None else self._required(value)
 
     def _required(self, value: ir.Value | None) -> ir.Value:
-        """Return the same for an operand that is not left out."""
+        """Return the new graph's value for an operand that is present."""
         return self.floats[name_of(value)] if name_of(value) in self.floats else self.constant(name_of(value), numbers(value))
 
     def _copied(self, node: ir.Node) -> ir.Value:
-        """Copy the node, on the new graph's values."""
+        """Copy the node, applied to the new graph's values."""
         operands = [
             self._recurrent_weight(node, index) if (name_of(node), index) in self.matrices else self._operand(value)
             for index, value in enumerate(node.inputs)
@@ -250,7 +249,7 @@ class _Writer:
         if node.op_type in JOINT and not on_integers(node):
             operands[0] = self._apart(self._required(node.inputs[0]))
         if node.op_type in CLAMPS and (layer := maker(operands[0])) is not None and layer.op_type == "Gemm" and self._is_integer(layer):
-            operands[0] = self.emit("Max", operands[:1], {}, "")  # ONNX Runtime would make one float operator of the two
+            operands[0] = self.emit("Max", operands[:1], {}, "")  # ONNX Runtime would merge the two into one float operator
         attributes = list(node.attributes.values())
         copy = ir.Node(node.domain, node.op_type, operands, attributes, num_outputs=len(node.outputs), name=node.name)
         for new, old in zip(copy.outputs, node.outputs, strict=True):
@@ -265,7 +264,7 @@ class _Writer:
     # Layers
 
     def _layer(self, node: ir.Node, name: str) -> ir.Value | None:
-        """Add a layer; None for one whose bias is yet to be added, if it is added together with it."""
+        """Add a layer; None if its bias is added together with it later."""
         layer, integer = self.layers[name], name in self.plan.integer
         kind = type_of(layer)
         if not kind.has_weights:
@@ -299,7 +298,7 @@ class _Writer:
         else:
             operands[at] = self._float_weight(name, layer, transposed)
         result = self.emit(node.op_type, operands, attributes, name_of(node))
-        fused = self.weight_only and node.op_type == "Gemm" and not integer  # with its activation, before it meets its packed weights
+        fused = self.weight_only and node.op_type == "Gemm" and not integer  # including its activation, before it gets its packed weights
         return self.emit("Max", [result], {}, "") if fused else result
 
     def _float_layer(self, node: ir.Node) -> ir.Value:
@@ -310,18 +309,18 @@ class _Writer:
         return self.emit(node.op_type, operands, node.attributes, name_of(node))
 
     def _apart(self, value: ir.Value) -> ir.Value:
-        """Return the same numbers, behind an operator that runtimes do not see through.
+        """Return the same numbers behind an operator that runtimes cannot optimize away.
 
-        ONNX Runtime quantizes the float weights of a layer that stands between quantizers, unasked, and computes an operator there on
-        integers wherever it can.
+        ONNX Runtime quantizes the float weights of a layer between quantizers by itself, and computes an operator there on integers
+        wherever it can.
         """
         source = value.producer()
         rounded = source is not None and source.op_type == "DequantizeLinear"
         return self.emit("Max", [value], {}, "") if rounded else value
 
     def _matrix_product(self, node: ir.Node, name: str, bias: np.ndarray | None) -> ir.Value:
-        """Add a linear on more than two dimensions as one on a matrix of rows, for which runtimes have a kernel, bias and rounding in
-        it."""
+        """Add a linear on more than two dimensions as one on a matrix of rows, for which runtimes have a kernel that includes bias and
+        rounding."""
         quantized = self._input(node, name)
         dequantize, sizes = maker(quantized), _row_shape(node)
         assert dequantize is not None and sizes is not None, "its input is quantized and its width known"
@@ -337,8 +336,7 @@ class _Writer:
         return whole
 
     def _shape_like(self, source: ir.Value, last: int) -> ir.Value:
-        """Add the shape of `source` with another last size, computed at run time: of texts neither their number nor their length is
-        known."""
+        """Add the shape of `source` with another last size, computed at run time: number and length of texts are unknown."""
         if name_of(source) not in self.leads:
             self.leads[name_of(source)] = self.emit("Shape", [source], {"start": 0, "end": -1}, "")
         return self.emit("Concat", [self.leads[name_of(source)], self._constant_of("size", [last])], {"axis": 0}, "")
@@ -347,7 +345,7 @@ class _Writer:
         return self.constant("_".join([kind, *map(str, sizes)]), np.array([int(size) for size in sizes], np.int64))
 
     def _input(self, node: ir.Node, name: str, operand: int = 0) -> ir.Value:
-        """Return the layer's input (of a matmul, one of them), rounded to the grid that it reads."""
+        """Return the layer's input (one of them for a matmul), rounded to the grid that it reads."""
         source = name_of(node.inputs[operand])
         affine = self.units[name] = self.plan.inputs[name][operand]
         own = f"{name_of(node)}.{operand}" if operand else name_of(node)
@@ -358,10 +356,10 @@ class _Writer:
         return rounded
 
     def _rounded_again(self, source: str, affine: Affine, own: str) -> ir.Value:
-        """Return what the float graph calls `source` on a grid of its reader's, named after its `own` name."""
+        """Return the float graph's value `source` on its reader's own grid, named after `own`."""
         if (source, affine) not in self.requantized:
             maker = self.floats[source].producer()
-            after_floats = maker is not None and maker.op_type != "DequantizeLinear"  # verify looks for codes that floats were rounded to
+            after_floats = maker is not None and maker.op_type != "DequantizeLinear"  # verify looks for codes rounded from floats
             codes = self.emit("QuantizeLinear", [self.floats[source], *self._scale(affine)], {}, f"{own}.rounded" if after_floats else "")
             codes = self._clipped(codes, affine)
             self.requantized[source, affine] = self.emit("DequantizeLinear", [codes, *self._scale(affine)], {}, f"{own}.input")
@@ -373,20 +371,20 @@ class _Writer:
             codes, scale = with_room(codes, scale, layer.bias.detach().numpy() / np.float32(self.units[name].scale), bits)
         held = self.weights.get((name, transposed)) or stored(name, _shaped(layer, codes, transposed), bits, self.emit, self.constant)
         self.weights[name, transposed] = held
-        # Equal zero points are shared, but not of codes that a runtime may make unsigned, with another zero point (`file.EXACT_SUMS`).
+        # Equal zero points are shared, except for codes that a runtime may make unsigned, with another zero point (`file.EXACT_SUMS`).
         own = codes.numel() and (codes.min() < -64 or codes.max() > 63)
         zeros = self.constant(f"{name}.zeros" if own else f"zeros_int8_{len(scale)}", np.zeros(len(scale), np.int8))
         operands = [held, self.constant(f"{name}.scale", scale), zeros]
         return self.emit("DequantizeLinear", operands, {"axis": 1 if transposed else 0}, "")
 
     def _float_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
-        """Return a weight that is computed from codes and scales as the file is loaded, once for all calls of the layer."""
+        """Return a weight that is computed from codes and scales on loading, once for all calls of the layer."""
         if (name, transposed) not in self.weights:
             self.weights[name, transposed] = self._scaled_weight(name, layer, transposed)
         return self.weights[name, transposed]
 
     def _scaled_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
-        """Multiply codes by scale in plain operators, which a runtime folds into a float weight."""
+        """Multiply codes by scale with plain operators, which a runtime folds into a float weight."""
         codes, scale, bits = weight_numbers(layer)
         if self.weight_only and transposed and bits:
             return self._packed_weight(name, layer, _shaped(layer, codes, transposed), scale, bits)
@@ -395,13 +393,13 @@ class _Writer:
         held = stored(name, _shaped(layer, codes, transposed), bits, self.emit, self.constant)
         held = self.emit("Cast", [held], {"to": int(ir.DataType.FLOAT)}, "")
         factors = _shaped(layer, torch.from_numpy(scale)[:, None].expand(codes.shape), transposed)
-        for axis in range(factors.ndim):  # one factor along every axis on which they are all the same
+        for axis in range(factors.ndim):  # one factor along every axis on which all are equal
             first = factors.take([0], axis)
             factors = first if (factors == first).all() else factors
         return self.emit("Mul", [held, self.constant(f"{name}.scale", factors)], {}, "")
 
     def _grouped_weight(self, name: str, layer: nn.Module, transposed: bool) -> ir.Value:
-        """Scale each row of a group, in plain operators on the groups, which then become the weight's own rows."""
+        """Scale each row of a group with plain operators on the groups, which then become the weight's own rows."""
         codes, scale, bits = weight_numbers(layer)
         held = self.emit("Cast", [stored(name, codes.numpy(), bits, self.emit, self.constant)], {"to": int(ir.DataType.FLOAT)}, "")
         held = self.emit("Mul", [held, self.constant(f"{name}.scale", scale[:, None])], {}, "")
@@ -409,7 +407,7 @@ class _Writer:
         return self.emit("Transpose", [held], {"perm": [1, 0]}, "") if transposed else held
 
     def _recurrent_weight(self, node: ir.Node, index: int) -> ir.Value:
-        """Return a weight of a recurrent operator, computed from the codes of the layer of each direction."""
+        """Return a weight of a recurrent operator, computed from the codes of the layer for each direction."""
         gates, directions = GATES[node.op_type], []
         order = self.constant(f"gates_{node.op_type}", np.array(gates, np.int64))
         for name in self.matrices[name_of(node), index]:
@@ -420,15 +418,14 @@ class _Writer:
         return directions[0] if len(directions) == 1 else self.emit("Concat", directions, {"axis": 0}, "")
 
     def _own_weight(self, name: str) -> ir.Value:
-        """Return a layer's weight in float, from its codes where it has some."""
+        """Return a layer's weight in float, computed from its codes if it has any."""
         layer = self.layers[name]
         if layer.weight_quantizer is None:
             return self.constant(f"{name}.weight", float_weight(layer).detach().numpy())
         return self._float_weight(name, layer, False)
 
     def _packed_weight(self, name: str, layer: nn.Module, codes: np.ndarray, scale: np.ndarray, bits: int) -> ir.Value:
-        """Store codes [inputs, outputs] in the narrowest type of 2, 4 or 8 bits, dequantized where they are read: one kernel with the
-        product."""
+        """Store codes [inputs, outputs] in the narrowest type of 2, 4 or 8 bits, dequantized by the kernel of the product."""
         if layer.weight_group is not None:  # [outputs x groups] -> [groups, outputs]
             scale, settings = scale.reshape(codes.shape[1], -1).T.copy(), {"axis": 0, "block_size": layer.weight_group}
         else:
@@ -440,7 +437,7 @@ class _Writer:
         return self.emit("DequantizeLinear", operands, settings, "")
 
     def _integer_bias(self, name: str, bias: np.ndarray) -> ir.Value:
-        """Add int32 codes in units of the input's scale times each channel's, which a runtime multiplies when it loads them."""
+        """Add int32 codes in units of the input's scale times each channel's, which a runtime multiplies on loading."""
         unit, scale = np.float32(self.units[name].scale), numbers(self.constants[f"{name}.scale"])
         codes = np.rint(bias.astype(np.float64) / (unit * scale)).astype(np.int32)
         units = self.emit("Mul", [self.constants[f"scale_{self.units[name].scale!r}"], self.constants[f"{name}.scale"]], {}, "")
@@ -450,7 +447,7 @@ class _Writer:
     # Functions of one value
 
     def _computed_by_tables(self) -> set[str]:
-        """Return the values that only tables are computed through."""
+        """Return the values that only tables read."""
         inner: set[str] = set()
         bases = set(self.plan.tables.values())
         for node in reversed(list(self.source)):
@@ -474,8 +471,8 @@ class _Writer:
 
 
 def _row_shape(node: ir.Node) -> tuple[list[int] | None, int] | None:
-    """Return (dimensions between the first, which is the batch, and the last, None if only a run tells; the last) of a linear's input; None
-    if the last is not known."""
+    """Return (dimensions of a linear's input between the batch and the last, None if only known at run time; the last). None if the last is
+    not known."""
     shape = operand(node, 0).shape
     if shape is None or len(shape) < 2 or not isinstance(shape[-1], int):
         return None
@@ -484,7 +481,7 @@ def _row_shape(node: ir.Node) -> tuple[list[int] | None, int] | None:
 
 
 def weight_numbers(layer: nn.Module) -> tuple[torch.Tensor, np.ndarray, int]:
-    """Return (codes as rows, int8; a scale for each row; bits) of a layer with a weight quantizer; zeros of no bits if it is pruned."""
+    """Return (codes as rows, int8; a scale per row; bits) of a layer with a weight quantizer; zeros of no bits if it is pruned."""
     if isinstance(layer.weight_quantizer, Pruned):
         rows = weight_rows(layer, float_weight(layer))
         return torch.zeros(rows.shape, dtype=torch.int8), np.ones(len(rows), np.float32), 0
@@ -496,10 +493,10 @@ def weight_numbers(layer: nn.Module) -> tuple[torch.Tensor, np.ndarray, int]:
 def with_room(codes: torch.Tensor, scale: np.ndarray, bias: np.ndarray, bits: int) -> tuple[torch.Tensor, np.ndarray]:
     """Coarsen the steps of channels whose bias (in units of the input's scale) would not fit into int32.
 
-    Such a channel's weights are all but zero beside its bias: what they lose is less than the bias's own rounding elsewhere.
+    The weights of such a channel are negligible beside its bias: they lose less than the bias's own rounding elsewhere.
     """
     least = np.abs(bias).astype(np.float64) / LARGEST_BIAS
-    if not bits:  # any scale will do, and a fine one keeps the bias
+    if not bits:  # any scale works, and a fine one preserves the bias
         return codes, np.where(least > 0, least, 1.0).astype(np.float32)
     tight = torch.from_numpy(scale < least)
     if not tight.any():
@@ -510,7 +507,7 @@ def with_room(codes: torch.Tensor, scale: np.ndarray, bias: np.ndarray, bits: in
 
 
 def evaluated(graph: ir.Graph, base: str, output: ir.Value, values: np.ndarray) -> np.ndarray:
-    """Evaluate the nodes between value `base` and `output` on `values`."""
+    """Compute the nodes between value `base` and `output` on `values`."""
     between: set[str] = set()
     ahead: list[ir.Value | None] = [output]
     while ahead:
@@ -541,6 +538,6 @@ def evaluated(graph: ir.Graph, base: str, output: ir.Value, values: np.ndarray) 
 
 
 def _shaped(layer: nn.Module, rows: torch.Tensor, transposed: bool) -> np.ndarray:
-    """Return rows in the weight's own shape; a linear's as [inputs, outputs]."""
+    """Return rows in the weight's own shape; for a linear, as [inputs, outputs]."""
     shaped = from_rows(layer, rows).numpy()
     return np.ascontiguousarray(shaped.T if transposed else shaped)

@@ -1,4 +1,4 @@
 """Show finished runs: pages, terminal tables, explanations of a layer, comparisons of two runs. Imports supernets and below.
 
-Named in the plural because `anybit.report` is the function.
+The name is plural because `anybit.report` is the function.
 """

@@ -1,4 +1,4 @@
-"""Show progress: a bar over the whole work, the stage at work and the time left in a terminal or notebook; elsewhere a line a stage."""
+"""Show progress: in a terminal or notebook, a bar over the whole work, the current stage and the time left; elsewhere a line per stage."""
 
 import functools
 import sys
@@ -13,14 +13,14 @@ from anybit.reports.words import duration
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 WIDTH = 24
-"""Cells of the bar."""
+"""Width of the bar in characters."""
 
 
 @contextmanager
 def shown_progress(bars: bool) -> Iterator[tuple[Listener | None, Callable[[str], None]]]:
-    """Return (a listener that shows progress, if it is to be shown; a function that shows a line).
+    """Yield (a listener that shows progress, or None; a function that shows a line).
 
-    All on stderr: stdout is for results.
+    Everything goes to stderr, since stdout is for results.
     """
     if not bars or not (sys.stderr.isatty() or in_notebook()):
         yield _line_listener() if bars else None, partial(print, file=sys.stderr)
@@ -40,7 +40,7 @@ def shown_progress(bars: bool) -> Iterator[tuple[Listener | None, Callable[[str]
 
 @contextmanager
 def show_progress() -> Iterator[None]:
-    """Show the progress of the calls inside the block: `with anybit.show_progress(): anybit.calibrate(...)`. In notebooks, it always is."""
+    """Show the progress of the calls inside the block: `with anybit.show_progress(): anybit.calibrate(...)`. Notebooks always show it."""
     with shown_progress(bars=True) as (listener, show):
 
         def note(event: str, fields: Any) -> None:
@@ -52,7 +52,7 @@ def show_progress() -> Iterator[None]:
 
 
 def shown_in_notebooks(function: Function) -> Function:
-    """Decorates a function whose progress a notebook shows."""
+    """Decorate a function whose progress a notebook shows."""
 
     @functools.wraps(function)
     def called(*arguments: Any, **keywords: Any) -> Any:
@@ -74,11 +74,11 @@ def stage_in_words(moment: Moment) -> str:
     """Write the stage with its place and its share of the whole: "5/9 sensitivity (28 % of the work)"."""
     place = f"{moment.place[0]}/{moment.place[1]} " if moment.place[1] else ""
     share = f" ({100 * moment.share:.0f} % of the work)" if moment.share >= 0.005 else ""
-    return f"{place}{moment.stage}{share}{', taken up' if moment.reused else ''}"
+    return f"{place}{moment.stage}{share}{', reused' if moment.reused else ''}"
 
 
 def _bar(moment: Moment, passed: float) -> Any:
-    """Draw two or three lines: the bar; the stage and the item at work; the best result so far."""
+    """Return two or three lines: the bar; the current stage and item; the best result so far."""
     from rich.text import Text
 
     filled = round(WIDTH * moment.whole)

@@ -1,8 +1,8 @@
 """Charts as places on an area: axes that fit their data, and series of lines, marks and boxes. `chart.html.j2` draws them.
 
-Drawn here as SVG rather than by a chart library: those at hand put 1 to 5 MB of script into each page, or start a JavaScript engine in
-the process that trains. Every place is in percent of the area, so a chart is as wide as its page without a script. What a colour says, a
-shape or a dash says too.
+Drawn here as SVG rather than by a chart library: the available ones put 1 to 5 MB of script into each page, or start a JavaScript engine in
+the process that trains. Every place is in percent of the area, so that a chart is as wide as its page without a script. Shapes and dashes
+repeat the information of colours.
 """
 
 import math
@@ -13,20 +13,20 @@ from typing import NamedTuple
 from anybit.reports.words import powers
 
 COLOURS = 6
-SHAPES = ("circle", "square", "diamond", "triangle", "x", "cross", "wedge")  # one more than colours: 42 pairs
+SHAPES = ("circle", "square", "diamond", "triangle", "x", "cross", "wedge")  # one more than colours, which gives 42 pairs
 DASHES = ("solid", "dash", "dot", "dash-dot", "long", "long-dot")
 MOST_TICKS = 6
 MOST_NAMES = 30
-LONGEST = 24  # letters of a name on an axis; pointing at a mark and the tables tell all of it
+LONGEST = 24  # letters of a name on an axis; tooltips and tables have all of it
 MARGIN = 0.04
 """Margin at each end of an axis, as a share."""
 LARGEST = 1e300
-"""Values are clipped to this: a report from elsewhere may hold any number."""
+"""Values are clipped to this, since a foreign report may contain any number."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The values at an axis's two ends, and the ticks written beside it."""
+    """The values at an axis's two ends, and its ticks."""
 
     title: str
     low: float
@@ -36,7 +36,7 @@ class Axis:
     is_named: bool = False
 
     def place(self, value: float) -> float:
-        """Return how far `value` lies from `low` to `high`, in percent."""
+        """Return the position of `value` between `low` and `high`, in percent."""
         low, high, at = (math.log10(one) if self.is_log else one for one in (self.low, self.high, value))
         return round(100 * (at - low) / (high - low), 2)
 
@@ -56,7 +56,7 @@ class Point(NamedTuple):
 
 
 class Box(NamedTuple):
-    """A rectangle between two corners; `text` stands in it. Each `level` of bits has its own colour."""
+    """A rectangle between two corners; `text` is its label. Each `level` of bits has a colour."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -176,7 +176,7 @@ def _round_step(least: float) -> float:
 
 
 def loss_axis(title: str, values: Iterable[float | None]) -> Axis:
-    """Fit an axis to losses: logarithmic if the positive ones span a wide range. Others are then not drawn; the tables have them."""
+    """Fit an axis to losses: logarithmic if the positive ones span a wide range. Others are then only in the tables."""
     numbers = [value for value in values if value is not None]
     positive = [value for value in numbers if value > 0]
     if not positive or max(positive) / 20 <= min(positive):
@@ -191,7 +191,7 @@ def loss_axis(title: str, values: Iterable[float | None]) -> Axis:
 
 
 def names_axis(names: Sequence[str], title: str = "") -> Axis:
-    """Place names at 0, 1, 2, ...: they may be long, alike at their beginning, or the same."""
+    """Place names at 0, 1, 2, ...: they may be long, begin alike, or repeat."""
     every = -(-len(names) // MOST_NAMES) or 1
     ticks = [(place, short(names[place])) for place in range(0, len(names), every)]
     return Axis(title, -0.5, max(len(names), 1) - 0.5, ticks, is_named=True)

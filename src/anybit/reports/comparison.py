@@ -20,7 +20,7 @@ def diff(run: str | Path, run2: str | Path) -> dict[str, Any]:
 
     "differences" holds, by section and key of the runs' files, [value of the first, value of the second]; None means absent. "same" says
     whether there are none, ignoring times and memory; "same_weights", whether the packed weights are equal. Units are sorted by falling
-    change of error. Layers are compared by name.
+    change of error. Layers are compared by name. Raises InvalidFile if a folder is not a run.
     """
     first, second = _facts(Path(run)), _facts(Path(run2))
     same_weights = first.pop("sha256") == second.pop("sha256")
@@ -56,7 +56,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _differences(first: Any, second: Any) -> Any:
-    """Return the keys that differ of two objects or lists of rows; of anything else [first, second], or nothing if they are equal."""
+    """Return the differing keys of two objects or lists of rows; for anything else [first, second], or nothing if they are equal."""
     first, second = _by_name(first), _by_name(second)
     if first == second:
         return []

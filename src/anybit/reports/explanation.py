@@ -35,10 +35,10 @@ AMOUNTS: Mapping[str, Callable[[float], str]] = {
 def explain(run: str | Path, layer: str) -> dict[str, Any]:
     """Explain why `layer` has its bits: numbers, and sentences about them under "why".
 
-    Of a calibrate run: "candidates" (each precision's predicted loss, bytes and BOPs), the "shadow_price" of its budget (what the last bits
-    were spent on, and the loss that they gained for each unit of cost), what one step "more" or "less" would gain or lose, and the
-    reconstruction "errors". Of grow the bits after each epoch; of a search what was tried. Raises SchemeMismatch for a name that is none
-    of the layers, with near matches.
+    For a calibrate run: "candidates" (each precision's predicted loss, bytes and BOPs), the "shadow_price" of its budget (the last step
+    that it paid for, and the loss saved per unit of cost), the gain or loss of one step "more" or "less", and the reconstruction "errors".
+    For grow, the bits after each epoch; for a search, the schemes that it tried. Raises SchemeMismatch, with near matches, if `layer` is
+    not a layer of the run.
     """
     folder = Path(run)
     check_one(folder)
@@ -54,7 +54,7 @@ def explain(run: str | Path, layer: str) -> dict[str, Any]:
         said = (
             f"{layer} is {explanation['precision']} in this subnet: the search that it was extracted from, or --scheme, gave it these bits."
         )
-        return explanation | {"why": [said, f"`anybit explain SEARCH {layer}` says what a search tried of it."]}
+        return explanation | {"why": [said, f"`anybit explain SEARCH {layer}` shows what a search tried for it."]}
     if record.table is None:
         raise InvalidFile(
             f"{folder / REPORT} was written by an earlier anybit and has no table of candidates. Repeat the run, or run "
@@ -64,14 +64,14 @@ def explain(run: str | Path, layer: str) -> dict[str, Any]:
 
 
 def reason(record: Record, layer: str) -> str:
-    """Say in a sentence or two why `layer` has its bits, from the record of a run alone."""
+    """Return a sentence or two on why `layer` has its bits, from the record of a run alone."""
     if record.table is None:
         return f"{record.road} ended with {record.layers[layer].precision}"
     return " ".join(_choice_in_words(record, layer)[1:]) or _next_in_words(record, layer)
 
 
 def _next_in_words(record: Record, layer: str) -> str:
-    """Say what one more step of a layer would cost and gain at the limit of the budget."""
+    """Return what one more step of a layer would cost and gain at the limit of the budget, in words."""
     facts = _of_allocation(record, layer)
     return _more_in_words(facts)
 
@@ -116,8 +116,8 @@ def _result(record: Record) -> Amounts:
 
 
 def _limited(record: Record) -> tuple[str, float | None]:
-    """Return (the cost that the budget limits most tightly, how much of it the scheme left); bytes, and None, where it limits none of
-    those that a report tells."""
+    """Return (the cost that the budget limits most tightly, how much of it the scheme left unused); bytes, and None, if it limits none that
+    a report states."""
     limits = Budget.parse(record.budget).costs() if record.budget else []
     counted = [cost for cost, _ in limits if cost.counted.recorded != "nowhere"]
     spent = {cost: _known(_result(record).amount(cost.report_key)) for cost in counted}
@@ -136,7 +136,7 @@ def _cost(record: Record, cost: str, layer: str, precision: Precision) -> float:
 
 
 def _counts(record: Record) -> Costs:
-    """Return the record as counts: of those that a cost in it is made of, it has the layers' weights and the float bytes."""
+    """Return the record as counts for costs: only the layers' weights and the float bytes are known."""
     return cast(Costs, record)
 
 
@@ -147,7 +147,7 @@ def _known(amount: float | None) -> float:
 
 def _cost_named(name: str) -> Cost:
     cost = QUANTITIES[name]
-    assert isinstance(cost, Cost), "a report tells costs of layers, and never their losses, by this name"
+    assert isinstance(cost, Cost), "reports use this name for costs of layers, never for losses"
     return cost
 
 
@@ -157,13 +157,12 @@ def _each(cost: Cost) -> float:
 
 
 def _move(layer: str, before: Precision, after: Precision, cost: float, loss: float) -> dict[str, Any]:
-    """Describe a change of one layer's precision: how much the cost and the predicted loss rise, and the loss gained for each unit of
-    cost."""
+    """Describe a change of one layer's precision: the rise of the cost and of the predicted loss, and the loss saved per unit of cost."""
     return {"layer": layer, "from": str(before), "to": str(after), "cost": cost, "loss": loss, "price": -loss / cost}
 
 
 def _step_of(hull: Frontier, index: int) -> dict[str, Any] | None:
-    """Return a step of the frontier as a move; None if there is no step of this number."""
+    """Return a step of the frontier as a move; None if there is no step with this index."""
     if not 0 <= index < len(hull.steps):
         return None
     one, before = hull.steps[index], hull.steps[index - 1] if index else hull
@@ -171,7 +170,7 @@ def _step_of(hull: Frontier, index: int) -> dict[str, Any] | None:
 
 
 def _best_move(record: Record, cost: str, layer: str, dearer: bool) -> dict[str, Any] | None:
-    """Return the layer's step that gains most per cost, or, to a cheaper precision, loses least per cost saved."""
+    """Return the layer's step that saves most loss per cost, or, to a cheaper precision, adds least loss per cost saved."""
     now = record.layers[layer].precision
     candidates = _table(record).layers[layer]
     loss, spent = candidates[now].loss, _cost(record, cost, layer, now)
@@ -204,7 +203,7 @@ def _choice_in_words(record: Record, layer: str) -> list[str]:
 
 
 def _prices_in_words(facts: Mapping[str, Any]) -> list[str]:
-    """Say the shadow price, and one step more and less beside it; nothing if there was no choice."""
+    """Return the shadow price, and one step more and less beside it, in words; nothing if there was no choice."""
     if len(facts["candidates"]) == 1:
         return []
     return [*_frontier_in_words(facts), _more_in_words(facts), _less_in_words(facts)]
@@ -240,7 +239,7 @@ def _less_in_words(facts: Mapping[str, Any]) -> str:
         return f"{would} nothing, as predicted."
     would += f" {less['loss']:.3g}, {_price(less, cost)}"
     if following is None:
-        return f"{would}: and no other layer has a use for it."
+        return f"{would}: but no other layer can use it."
     worth = less["price"] >= following["price"]
     return f"{would}: {'more' if worth else 'less'} than the next step would gain with it{'' if worth else f', but {WHOLE}'}."
 
@@ -274,7 +273,7 @@ def _amount(amount: float, cost: str) -> str:
 def _price(move: Mapping[str, Any], cost: str) -> str:
     unit = QUANTITIES[cost].unit
     each, words = EACH.get(cost, (QUANTITIES[cost].units[unit], unit))
-    return f"{move['price'] * each:.3g} of loss a {words}"
+    return f"{move['price'] * each:.3g} of loss per {words}"
 
 
 # Trainings and searches
@@ -291,7 +290,9 @@ def _of_training(record: Record, layer: str) -> dict[str, Any]:
     said = [f"{layer} is {record.layers[layer].precision} after {len(epochs)} epochs of training. Its weight bits after each: {widths}."]
     if moved:
         said.append(f"They last changed in epoch {moved[-1]}.")
-    said.append("Training has no table of losses at other bits: the gates decided, under the budget's penalty.")
+    sought = record.certificate.objective
+    decided = f"the {sought} within the budget decided" if sought else "its bits are those that training started with"
+    said.append(f"Training has no table of losses at other bits: {decided}.")
     return {"bits": bits, "why": said}
 
 

@@ -24,14 +24,14 @@ from anybit.reports.words import SCORE_WORDS, human_bytes, human_count, scheme_i
 from anybit.reports.words import measurement as number
 from anybit.runs.records import Epoch, LayerRow, Record, SchemeRow, SearchRecord, Table
 
-FLOAT_HEIGHT = 9  # where float stands on an axis of 2 to 8 bits
+FLOAT_HEIGHT = 9  # place of float on an axis of 2 to 8 bits
 QUANTITIES = {"bits": "bits per weight", "bytes": "bytes of the file", "bops": "bit operations a sample", "latency": "seconds a sample"}
-MOST_EPOCHS = 10  # that are written on an axis
-MOST_NAMED = 20_000  # precisions of evaluated subnets that are shown with their layers' names
-MOST_EPOCH_MARKS = 40  # epochs that are marked one by one on a line
+MOST_EPOCHS = 10  # labelled on an axis
+MOST_NAMED = 20_000  # precisions of evaluated subnets shown with their layers' names
+MOST_EPOCH_MARKS = 40  # epochs marked one by one on a line
 MOST_DIAMONDS = 60  # layers whose inputs are marked with a diamond
 HEIGHT = 320
-MOST_MARKS = 100  # steps of a frontier that are
+MOST_MARKS = 100  # steps of a frontier marked one by one
 BITS = Axis("bits", 0, FLOAT_HEIGHT + 0.3, [*((bits, str(bits)) for bits in (0, 2, 4, 6, 8)), (FLOAT_HEIGHT, "float")])
 ORIGINS = {
     "uniform": ("uniform", "diamond", False),
@@ -239,7 +239,7 @@ def ladder(record: Record) -> Chart:
 def searched(search: SearchRecord) -> Chart:
     """Draw every evaluated subnet over its cost, the front, and the front measured again; pointing at a subnet shows its scheme.
 
-    Of very many subnets the precisions are shown without the layers' names, in the network's order: they would make the page large.
+    With very many subnets, precisions are shown without the layers' names, in the network's order, to limit the size of the page.
     """
     is_small = sum(len(row.scheme) for row in search.evaluated) <= MOST_NAMED
     in_short = scheme_in_words if is_small else lambda scheme: " ".join(map(str, scheme.values()))
@@ -258,7 +258,7 @@ def searched(search: SearchRecord) -> Chart:
 
 
 def _stairs(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """Hold each value until the next one's place."""
+    """Repeat each value up to the next one's place."""
     held = [[before, (after[0], before[1], before[2])] for before, after in pairwise(points)]
     return [corner for corners in held for corner in corners] + list(points[-1:])
 
@@ -288,7 +288,7 @@ class Stretch(NamedTuple):
 
 
 def stretches(name: str, epochs: Sequence[Epoch]) -> Iterable[Stretch]:
-    """Yield where a layer's bits stay the same."""
+    """Yield the stretches over which a layer's bits stay the same."""
     for bits, rows in groupby(enumerate(epochs), key=lambda row: row[1].layers.get(name)):
         places, same = zip(*rows, strict=True)
         yield Stretch(places[0], places[-1], same[0].epoch, same[-1].epoch, bits)

@@ -1,4 +1,4 @@
-"""Data frames of a run's layers and of the schemes that it chose from."""
+"""Data frames of a run's layers and of the schemes from which it chose."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def layers_frame(record: Record) -> "pandas.DataFrame":
-    """Return a row for each layer: precision, weights, bytes, the loss that the table of candidates predicts (sensitivity), and why it
-    has its bits."""
+    """Return a row for each layer: precision, weights, bytes, predicted loss from the table of candidates (sensitivity), and why it has its
+    bits."""
     rows = {
         name: {
             "precision": str(row.precision),
@@ -27,9 +27,9 @@ def layers_frame(record: Record) -> "pandas.DataFrame":
 
 
 def frontier_frame(record: Record) -> "pandas.DataFrame":
-    """Return a row for each scheme, by size: the best of every size as predicted (`scheme` is empty), and those that were measured.
+    """Return a row for each scheme, by size: the best predicted one of every size (`scheme` is empty), and the measured ones.
 
-    Raises InvalidSetting where the run chose from no schemes.
+    Raises InvalidSetting if the run did not choose among schemes.
     """
     if record.table is None:
         raise InvalidSetting(
@@ -51,5 +51,5 @@ def _frame(rows: list[dict[str, Any]], **more: Any) -> "pandas.DataFrame":
     try:
         import pandas
     except ImportError as error:
-        raise MissingPackage("Data frames need pandas, which does not import: run `pip install pandas`.") from error
+        raise MissingPackage("Data frames need pandas, which cannot be imported: run `pip install pandas`.") from error
     return pandas.DataFrame(rows, **more)

@@ -1,4 +1,4 @@
-"""Print results of verbs that need several tables or a line of their own; without `details`, only the result."""
+"""Print results of verbs that need several tables or a special line; without `details`, only the result."""
 
 import shlex
 import sys
@@ -27,7 +27,7 @@ def print_runs(reports: Mapping[Path, Mapping[str, Any]], details: bool = True) 
 
 
 def drop_line(report: Mapping[str, Any]) -> str:
-    """Write what was lost on the test data, with its 95 % interval; empty where it was not measured on classes."""
+    """Write the drop on the test data, with its 95 % interval; empty if it was not measured on classes."""
     test, before = report.get("test") or {}, report.get("float_test") or {}
     lost = drop_interval(test, before)
     if lost is None:

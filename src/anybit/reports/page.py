@@ -1,4 +1,4 @@
-"""A report as one self-contained page: from records to what the templates show, which hold the page's words and order.
+"""A report as one self-contained page: from records to the values of the templates, which hold the page's words and order.
 
 A page is a function of its records alone. It works offline and without JavaScript, and every chart has a table with the same values.
 """
@@ -127,7 +127,7 @@ def runs_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def figure_page(report: Mapping[str, Any]) -> str:
-    """Return a page of a run's headline and its charts of size against loss and score alone."""
+    """Return a page with only a run's headline and its charts of size against loss and score."""
     record = record_of(report)
     charts = _sizes(record)["charts"] if record.schemes else [figures.bits_along_network({"this run": record})]
     head = {"title": f"anybit: {_asked(record)}", "above": _asked(record), **_headline(record)}

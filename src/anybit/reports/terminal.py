@@ -1,4 +1,4 @@
-"""Print reports on the terminal, as tables and short sentences. Names are escaped, because they may come from files of others."""
+"""Print reports on the terminal, as tables and short sentences. Names are escaped, because they may come from foreign files."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,17 +15,17 @@ from anybit.reports.words import SCORE_WORDS, human_bytes, human_count, millisec
 Report = Mapping[str, Any]
 
 SHOWN = ("run", "settings", "environment", "references", "shapes", "bits", "result", "ladder", "float_test", "test", "units")
-"""Sections of a comparison that are shown whole; of the others it is said that they differ."""
+"""Sections of a comparison that are shown completely; for the others, only the number of differences."""
 MOST_UNITS = 10
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Print a table: text to the left, numbers to the right; plain where it is not a terminal."""
+    """Print a table, with text to the left and numbers to the right; plain if stdout is not a terminal."""
     table = Table(title=Text(printable(title), "table.title"), title_justify="left", header_style="bold")
     cells = [[_cell(value) for value in row] for row in rows]
     for index, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if all(_is_numeric(row[index]) for row in cells) else "left"
-        table.add_column(Text(printable(column)), justify=justify, no_wrap=index > 0, overflow="fold")  # no name is cut
+        table.add_column(Text(printable(column)), justify=justify, no_wrap=index > 0, overflow="fold")  # no name is truncated
     for row in cells:
         table.add_row(*map(Text, row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
@@ -49,7 +49,7 @@ def _print_line(words: str) -> None:
 
 
 def print_report(report: Report) -> None:
-    """Print a run: its schemes or epochs, the bits of each layer, what each step gained, its stages."""
+    """Print a run: its schemes or epochs, the bits of each layer, the gain of each step, its stages."""
     if "epochs" in report:
         _print_epochs(report["epochs"])
     if report.get("schemes"):
@@ -98,7 +98,7 @@ def _print_ladder(ladder: Sequence[Report]) -> None:
 
 
 def _print_epochs(epochs: Sequence[Report]) -> None:
-    """Print how the network trained and how its scheme grew: the bits of every layer after each epoch."""
+    """Print the training and how the scheme grew: the bits of every layer after each epoch."""
     scores = [key for key in ("top1", "loss") if key in epochs[-1].get("frozen", {})][:1]
     kinds = [(kind, key) for key in scores for kind in ("soft", "frozen")]
     gates = [key for key in ("paper_bits", "undecided", "temperature") if key in epochs[-1]]
@@ -114,7 +114,7 @@ def _print_epochs(epochs: Sequence[Report]) -> None:
     ]
     columns = ["epoch", "loss", *(f"{kind} {key}" for kind, key in kinds), "bits", *(key.replace("_", " ") for key in gates)]
     print_table("Epochs", columns, rows)
-    if "undecided" in epochs[-1]:
+    if "above_budget" in epochs[-1]:
         layers = [[name, " ".join(str(row["layers"][name]) for row in epochs)] for name in epochs[-1]["layers"]]
         print_table("Bits of each layer, epoch by epoch", ["layer", "bits"], layers)
 
@@ -189,7 +189,7 @@ def print_search(report: Report, front: bool = True) -> None:
         print(f"{budget}: {row['weight_bits']:.2f} bits, {human_bytes(row['bytes'])}, {human_count(row['bops'])} BOPs{timed}")
 
 
-# A network, looked at
+# An inspected network
 
 
 def print_inspection(inspection: Report, layers: bool = True) -> None:
@@ -209,16 +209,16 @@ def print_inspection(inspection: Report, layers: bool = True) -> None:
 
 
 def export_line(trial: Report) -> str:
-    """Say whether the network can be exported, and which layers would compute in float."""
+    """Return whether the network can be exported, and which layers would compute in float."""
     if not trial["ok"]:
-        return f"{'ONNX export not tried' if trial['ok'] is None else 'ONNX export is refused'}: {trial['reason']}"
+        return f"{'ONNX export not tried' if trial['ok'] is None else 'ONNX export fails'}: {trial['reason']}"
     integer, floating = trial["integer_layers"], trial["float_layers"]
     some = f"{len(integer)} of {len(integer) + len(floating)} layers on integers, in float: {', '.join(floating)}"
     return f"ONNX export: {some if floating else 'every layer on integers'}."
 
 
 def _print_layers(inspection: Report, ran: bool) -> None:
-    """Print two tables: in one, long names would leave no room for the layer's own."""
+    """Print two tables: in a single one, long names would leave no room for the layer's own."""
     columns = ["layer", "class", "weight", *(["input", "output", "MACs", "folds", "block"] if ran else [])]
     print_table("Layers", columns, [_layer_row(name, layer, ran) for name, layer in inspection["layers"].items()])
     sizes = [[name, *map(human_bytes, layer["bytes"].values())] for name, layer in inspection["layers"].items()]
@@ -227,8 +227,8 @@ def _print_layers(inspection: Report, ran: bool) -> None:
         _print_line(f"not covered: {name}: {reason}")
     for name, reason in inspection["unfolded"].items():
         _print_line(f"not folded: {name}: {reason}")
-    if inspection.get("unread"):  # an inspection made before names none
-        _print_line(f"not read by any output that is compared: {', '.join(inspection['unread'])}")
+    if inspection.get("unread"):  # older inspections have none
+        _print_line(f"on which no compared output depends: {', '.join(inspection['unread'])}")
 
 
 def _layer_row(name: str, layer: Report, ran: bool) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Write numbers and names for people, alike on pages, terminals and in explanations."""
+"""Write numbers and names for people, consistently on pages, terminals and in explanations."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 SCORE_WORDS = {"metric": "metric", "top1": "top-1", "spearman": "spearman", "f1": "f1", "mean_iou": "mean IoU", "loss": "loss"}
-"""Score -> its name in a sentence, the preferred first."""
+"""Score -> its name in a sentence, the preferred ones first."""
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -63,8 +63,8 @@ def points_apart(difference: float) -> str:
 def drop_interval(test: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[float, float, float, int] | None:
     """Return the points of top-1 that were lost on test data, the ends of the 95 % interval, and the samples.
 
-    None where it was not measured on classes. Outcomes are paired: at most the share that both networks classify differently changed
-    between right and wrong.
+    None where it was not measured on classes. Outcomes are paired: at most the share that the two networks classify differently can
+    have changed between right and wrong.
     """
     values: list[Any] = [test.get("top1"), before.get("top1"), test.get("agreement"), test.get("samples")]
     if not all(isinstance(value, int | float) for value in values) or values[3] <= 0:

@@ -1,4 +1,4 @@
-"""Meet new budgets from the saved candidates and sensitivity table of a calibrate run."""
+"""Meet new budgets from the stored candidates and sensitivity table of a calibrate run."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -57,12 +57,15 @@ def allocate(
     memory: int | None = None,
     cache: str | Path | bool = True,
 ) -> Result:
-    """Meet a new budget from a saved calibrate run: from its candidates and table, without new reconstruction.
+    """Meet a new budget from the candidates and sensitivity table of a finished calibrate run, without new reconstruction.
 
     The best schemes are measured on held-out inputs and batch norm is tuned, on `data` or, for the user's own runs, on the recorded data.
-    `batch_size` and `memory` default to those of the run; the other arguments are as in `calibrate`.
+    `run` is the run folder, or one with several runs; `batch_size` and `memory` (in bytes) default to those of the run; the other arguments
+    are as in `calibrate`.
+
+    Raises InfeasibleBudget if no scheme fits, SchemeMismatch if the model is another, and InvalidFile if the run has no valid candidates.
     """
-    folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them serves
+    folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them works
     file = read_scheme(folder)
     float_model = float_model_of(folder, file, model)
     check_float(folder, file.fingerprint, float_model)
@@ -81,8 +84,8 @@ def allocate(
         device
     )
     check_metric_has_labels(metric, samples)
-    if "outputs" in saved["settings"]:  # else its table is of the first output alone
-        samples = compared(float_model, samples, settings.outputs)
+    if "outputs" in saved["settings"]:  # else its table only covers the first output
+        samples = compared(float_model, samples, settings.outputs, settings.task)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
         if settings.mirror:
@@ -94,14 +97,14 @@ def allocate(
         observed = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
         if observed != shapes:
             different = sorted(set(observed.items()) ^ set(shapes.items()))[0][0]
-            raise SchemeMismatch(f"The model is not the one that {folder} was made from: layer {different} differs. Check --model.")
+            raise SchemeMismatch(f"The model is not the one that {folder} was calibrated from: layer {different} differs. Check --model.")
         check_saved(network, candidates, table, saved["choices"], place)
         if saved.get("network") not in (None, weights_digest(network)):
             raise SchemeMismatch(
-                f"The weights are not those that {folder} was made from: they have been trained since, or are another network's. Give "
-                "them as they were (--model), or run calibrate on these."
+                f"The weights are not those that {folder} was calibrated from: they were trained since, or belong to another network. Give "
+                "the original ones (--model), or run calibrate on these."
             )
-        if set(candidates.edges) != set(network.wiring.edges()):  # of a run that rounded none
+        if set(candidates.edges) != set(network.wiring.edges()):  # a run that rounded none
             candidates = replace(candidates, edges=edge_candidates(network, calibration, settings))
         started = time.perf_counter()
         reference = outputs_of(network.float_model, calibration.held_out)
@@ -115,7 +118,7 @@ def allocate(
     light = replace(settings, sequential=False, bias_tuning=False)
     plan(Calibration.of_network(network, light, calibration.count(), 0, 1, forward).of_allocation())
     if metric is not None:
-        judge.of_outputs(reference)  # a metric that fails is refused before the work
+        judge.of_outputs(reference)  # a failing metric raises before the work
     bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets)
     provenance = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
     if data is not None:
@@ -139,11 +142,11 @@ def _table_from(data: Any, path: Path) -> SensitivityTable:
 def check_saved(
     network: ObservedNetwork, candidates: Candidates, table: SensitivityTable, choices: Mapping[str, Sequence[str]], path: Path
 ) -> None:
-    """Raise InvalidFile if candidates.json, at `path`, belongs to another network or lacks data that an allocation needs."""
+    """Raise InvalidFile if candidates.json, at `path`, belongs to another network or lacks rows that an allocation needs."""
     possible = {name: [str(precision) for precision in options] for name, options in network.choices.items()}
     if possible != dict(choices):
         different = next(name for name in {**possible, **choices} if possible.get(name) != choices.get(name))
-        said = f"choices of {different} are {choices.get(different)}, and its settings give {possible.get(different)}"
+        said = f"choices of {different} are {choices.get(different)}, but its settings give {possible.get(different)}"
         raise InvalidFile(f"{path}: {said}. Run calibrate again.")
     lacking = next((row for row in rows_to_measure(network.choices, table.pairs) if row not in table.measured), None)
     if lacking:
@@ -151,4 +154,4 @@ def check_saved(
     for (name, bits), candidate in candidates.weights.items():
         own, saved = float_bias(network.prepared.get_submodule(name)), candidate.bias
         if (None if own is None else own.shape) != (None if saved is None else saved.shape):
-            raise InvalidFile(f"{path}: the bias of {name} at W{bits} is not of the layer's shape. Run calibrate again.")
+            raise InvalidFile(f"{path}: the bias of {name} at W{bits} does not have the layer's shape. Run calibrate again.")

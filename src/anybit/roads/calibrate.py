@@ -95,15 +95,16 @@ def calibrate(
     """Turn a trained network into a low-bit one, with a few hundred inputs and a budget.
 
     model     a network, or a reference to one ("file.py:function")
-    data      inputs: a data set, arrays, Samples, or a reference; labels, if any, are used only by reports and "drop=" budgets
-    budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list gives a list of results that share their candidates
-    weights   a state dict's file, loaded into a network that is given by reference
-    preprocessing  of images that are given by reference; recorded, with the references made absolute, for later verbs
+    data      inputs: a data set, arrays, Samples, or a reference; labels are used only by reports and "drop=" budgets
+    budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list returns a list of results that share their candidates
+    weights   file of a state dict, loaded into a network given by reference
+    preprocessing  of images given by reference; recorded for later verbs, with absolute references
     test      labelled data for the report; nothing is chosen on it
-    metric    a function of (outputs, labels), higher is better: reported, and what a budget of "drop=" counts in instead of top-1
+    metric    a function of (outputs, labels), higher is better: reported, and used by "drop=" budgets in place of top-1
+    workers   processes that load data
     device    where to compute; the result is on the CPU
-    cache     keep every result of a stage, in this folder or (True) in the user's cache directory: a run that was killed, or has another
-              budget, takes up what was finished, and ends with the same bytes
+    cache     store the result of every stage, in this folder or (True) in the user's cache directory: a run that was killed, or has another
+              budget, reuses finished results, and ends with the same bytes
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
@@ -116,9 +117,9 @@ def calibrate(
     if test is None:
         check_metric_has_labels(metric, samples)
     network = on_device(model, device, samples).eval()
-    samples = compared(network, samples, options.outputs)
+    samples = compared(network, samples, options.outputs, options.task)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), network)
-    tests = read_alike(tests, samples)
+    tests = read_alike(tests, samples, network, options.task)
     clock = StageClock()
     entries = open_cache(cache)
     plan(Calibration.of_model(network, options, len(samples), 0 if tests is None else len(tests), len(budgets)).stages(), measured=False)
@@ -144,7 +145,7 @@ def prepare_bench(
     cache: Cache = Cache(),
     tests: Samples | None = None,
 ) -> CalibrationState:
-    """Run everything up to the sensitivity table. Refuse infeasible budgets and bad labels and metrics before the long work."""
+    """Run everything up to the sensitivity table. Raises for infeasible budgets, bad labels and bad metrics before the long work."""
     with clock.stage("observe and fold"):
         calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
         check_finite(calibration.fitting + calibration.held_out)
@@ -172,7 +173,7 @@ def prepare_bench(
             reference, labels, task, needed=metric is None and any(one.loss() is DROP for one in budgets)
         )
         if not all(torch.isfinite(outputs).all() for outputs in (reference, *references)):
-            finite_samples(network, calibration, settings)  # names the layer, where it is one's input
+            finite_samples(network, calibration, settings)  # names the layer if the cause is a layer's input
             raise UnsupportedModel(
                 "The float network's outputs are NaN or infinite on the calibration data. Check the network and the data."
             )
@@ -230,7 +231,7 @@ def finish(
         polished = polish_scheme(bench, choice.scheme)
         model, edges = polished.model, polished.edges
         if budget is not None and (drop := budget.limit(DROP.name)) is not None and not _within_drop(bench, drop, model):
-            # Polishing is judged by the loss; the candidates met the allowed drop.
+            # Polishing is judged by the loss, but the candidates must meet the allowed drop.
             model = network.apply(choice.scheme, bench.candidates)
             edges = as_ranges(bench.candidates.edges, network.wiring)
     restore(model, network.moving)
@@ -246,7 +247,7 @@ def finish(
             batches = test.samples.batches(bench.settings.batch_size)
             scores = evaluate_model(canonical.model, batches, bench.judge.task, bench.judge.metric, test.outputs)
         report |= {"float_test": test.scores, "test": scores}
-    restore(canonical.model, network.moving)  # save the original values, which scoring may change
+    restore(canonical.model, network.moving)  # restore the original values, which scoring may change
     canonical.model.cpu()
     canonical.fingerprint = fingerprint_of(canonical.model, bench.calibration.fitting[0], network.float_model)
     if budget is not None and budget.limit(LATENCY.name) is not None:
@@ -269,12 +270,12 @@ def _float_held_out(judge: Judge) -> dict[str, Any]:
 def _within_drop(bench: CalibrationState, drop: float, polished: nn.Module) -> bool:
     """Return whether the polished model loses no more than the allowed drop."""
     judge, counted = bench.judge, bench.judge.counted
-    assert counted is not None  # else the budget is refused
+    assert counted is not None  # else the budget was refused
     return judge.of_outputs(judge.reference)[counted] - judge.of_model(polished)[counted] <= drop
 
 
 def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:
-    """Return the JSON report, without schemes tried, tests and times."""
+    """Return the JSON report, without measured schemes, tests and times."""
     network, settings = bench.network, bench.settings
     layers = {
         name: {**row, "predicted_loss": bench.table.loss(name, scheme[name])} for name, row in layer_costs(network.costs, scheme).items()
@@ -298,7 +299,7 @@ def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Bud
 
 
 def _table(bench: CalibrationState) -> dict[str, Any]:
-    """Return the predicted loss and costs of every candidate precision, from which other budgets follow without the network."""
+    """Return the predicted loss and costs of every candidate precision, from which other budgets can be met without the network."""
     choices, costs = bench.network.choices, bench.network.costs
     shown = [cost for cost in cost_quantities() if cost.counted is cost and cost.recorded == "candidates"]
     return {

@@ -34,11 +34,15 @@ def evaluate(
     preprocessing: Preprocessing = Preprocessing(),
     outputs: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Score a network on labelled data: the task's own scores, and the user's metric.
+    """Score a network on labelled data: the task's own scores, and the user's metric. Returns name -> score.
 
     model   a network, a result, a run folder, or a reference as for `--model`; task, outputs and preprocessing default to those of
             the result or run
+    data, workers, device, preprocessing  as for `calibrate`
+    metric    a function of (outputs, labels), higher is better
     outputs   names or numbers of the outputs to read (-> any weight); labels belong to the first, and the metric gets a tuple
+
+    Raises InvalidInput for missing labels, or labels that do not fit the outputs.
     """
     recorded = recorded_outputs(model)
     model, preprocessing, task = _network(model, preprocessing, task)
@@ -47,14 +51,14 @@ def evaluate(
         raise InvalidInput("The data is empty. Give at least one labelled sample.")
     network = on_device(model, device, samples)
     check_inputs(network, samples)
-    samples = compared(network, samples, outputs or recorded)
+    samples = compared(network, samples, outputs or recorded, task)
     scores = evaluate_model(network, samples.on(device).batches(batch_size), task, metric)
     tell("result", **scores)
     return scores
 
 
 def _network(model: nn.Module | Run, preprocessing: Preprocessing, task: str | None) -> tuple[nn.Module, Preprocessing, str | None]:
-    """Return (the network, preprocessing, task) of anything that can be evaluated."""
+    """Return (the network, preprocessing, task) of a network, result, run or reference."""
     if isinstance(model, nn.Module):
         return adapted_network(model), preprocessing, task
     if not isinstance(model, str | Path):
@@ -66,7 +70,7 @@ def _network(model: nn.Module | Run, preprocessing: Preprocessing, task: str | N
 
 
 def recorded_outputs(model: nn.Module | Run) -> Mapping[str, float]:
-    """Return the outputs that a result or a run folder was told to compare; {} where it was told none, or `model` is neither."""
+    """Return the outputs that a result or a run folder compared; {} if it names none, or `model` is neither."""
     if isinstance(model, nn.Module):
         return {}
     if not isinstance(model, str | Path):
@@ -75,16 +79,16 @@ def recorded_outputs(model: nn.Module | Run) -> Mapping[str, float]:
 
 
 def _unless_labels_decide(task: str | None) -> str | None:
-    """Return a recorded task; None where labels tell it: a run that was calibrated without any may have been taken for another."""
+    """Return a recorded task; None if labels can decide it, because a run without labels may have guessed it wrongly."""
     return None if task in LABELS_TELL else task
 
 
 def evaluated_network(
     run: Path | None, model: str | None, weights: str | None, preprocessing: Preprocessing, task: str | None
 ) -> tuple[nn.Module, Preprocessing, str | None]:
-    """Return (the network, preprocessing, task) of a run, by default as recorded, or of a float network's reference."""
+    """Return (the network, preprocessing, task) of a run, by default as recorded, or of a float network given by reference."""
     if run is not None:
         recorded = _unless_labels_decide(recorded_task(run))
         return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded
-    assert model is not None  # where there is no run
+    assert model is not None  # given unless there is a run
     return load_model(model, weights, task), preprocessing, task

@@ -1,7 +1,7 @@
-"""Expect what each stage of a road takes: its share of the whole from the start, and seconds once a forward pass was timed.
+"""Expected time of each stage of a road: its share of the whole from the start, and seconds after a forward pass was timed.
 
-The constants were fitted to calibrations of a small residual network on digits and of ResNet-20, on one core; the time left is corrected by
-the stages that have finished, so that only proportions matter.
+The constants were fitted to calibrations of a small residual network on digits and of ResNet-20, on one core. Finished stages correct the
+time left, so that only proportions matter.
 """
 
 from collections.abc import Sequence
@@ -18,25 +18,25 @@ from anybit.roads.settings import CalibrateSettings
 Stages = list[tuple[str, float]]
 
 GUESS = 1e-3
-"""Seconds of a sample's forward pass before one was timed; only proportions follow from it."""
+"""Seconds of a sample's forward pass until one is timed; only proportions depend on it."""
 TRAINING = 5
-"""Forward passes that a training step of a sample takes, with what is captured for it and measured after it."""
+"""Forward passes equal to one training step of a sample, with its capture and measurement."""
 LAYER = 0.1
-"""Seconds that estimating ranges takes a layer besides passes, and twice that solving for its codes."""
+"""Seconds per layer, besides passes, for estimating ranges; solving for its codes takes twice as long."""
 OBSERVED = 0.3
 TUNED = 4
-"""Epochs of bias tuning, which ends early."""
+"""Expected epochs of bias tuning, which ends early."""
 
 
 def layers_of(model: nn.Module) -> int:
-    """Return how many modules may become layers, before any of them has run."""
+    """Return how many modules may become layers, before any has run."""
     kinds = tuple(kind for one in LAYER_TYPES for kind in one.classes)
     return max(sum(isinstance(module, kinds) for module in model.modules()), 1)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sizes that the length of each stage follows. `rows`: measurements of sensitivity; `forward`: seconds of a sample's forward pass."""
+    """Sizes that determine the length of each stage. `rows`: measurements of sensitivity; `forward`: seconds of a sample's forward pass."""
 
     settings: CalibrateSettings
     fitting: int
@@ -50,7 +50,7 @@ class Calibration:
 
     @classmethod
     def of_model(cls, model: nn.Module, settings: CalibrateSettings, samples: int, tests: int, budgets: int) -> "Calibration":
-        """Expect before the network has run: its modules count."""
+        """Return the expectation before the network has run, from its number of modules."""
         held_out = round(samples * settings.held_out)
         layers = layers_of(model)
         rows = layers * (len(settings.weight_bits) + len(settings.activation_bits))
@@ -61,12 +61,12 @@ class Calibration:
     def of_network(
         cls, network: ObservedNetwork, settings: CalibrateSettings, counts: tuple[int, int], tests: int, budgets: int, forward: float
     ) -> "Calibration":
-        """Expect once the network was observed, and `forward` timed. `counts`: fitting and held-out samples."""
+        """Return the expectation after the network was observed and `forward` timed. `counts`: fitting and held-out samples."""
         rows = sum(len(network.choices[layer]) > 1 for layer, _ in rows_to_measure(network.choices, settings.pairs))
         return cls(settings, *counts, tests, budgets, len(network.choices), rows, bool(network.norms), forward)
 
     def stages(self) -> Stages:
-        """Return every stage with the seconds that it is expected to take, in order."""
+        """Return every stage with its expected seconds, in order."""
         settings, widths = self.settings, len(self.settings.weight_bits)
         train = TRAINING * self.forward * settings.step_batch
         rounding = rounding_named(settings.rounding).__name__
@@ -86,7 +86,7 @@ class Calibration:
         return stages + self._of_a_budget(rounding, train) * self.budgets
 
     def of_allocation(self) -> Stages:
-        """Return the stages of another budget from finished candidates."""
+        """Return the stages of another budget from stored candidates."""
         return [("observe and fold", OBSERVED), *self._of_a_budget(rounding_named(self.settings.rounding).__name__, 0.0)]
 
     def _of_a_budget(self, rounding: str, train: float) -> Stages:
@@ -104,11 +104,11 @@ class Calibration:
         return stages + ([("test", self.passes(self.tests))] if self.tests else [])
 
     def passes(self, samples: int) -> float:
-        """Return the seconds of so many samples' forward passes."""
+        """Return the seconds of this many samples' forward passes."""
         return self.forward * samples
 
 
 def training_stages(samples: int, epochs: int, tests: int, last: Sequence[str]) -> Stages:
-    """Return the stages of a training in proportion: an update takes three passes, and each of the `last` stages one over the data."""
+    """Return the stages of a training in proportion: an update takes three passes, each of the `last` stages one over the data."""
     ends = [(name, float(tests or samples if name == "test" else samples)) for name in last]
     return [("observe and fold", samples / 10), ("training", epochs * (3.0 * samples + tests)), *ends]

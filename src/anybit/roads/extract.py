@@ -54,7 +54,7 @@ POLISH = (
     "samples", "held_out", "batch_size", "seed", "unit", "blocks", "steps", "drop", "mirror", "sequential", "bn_tuning", "bias_tuning",
     "tune_scales", "bn_prior", "bn_target", "memory",
 )  # fmt: skip
-"""Settings of calibrate that polishing a subnet has a part for."""
+"""Settings of calibrate that also apply to polishing a subnet."""
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def polished(
     cache: Cache = Cache(),
 ) -> tuple[Canonical, list[dict[str, Any]]]:
     """Polish a subnet from its own codes and ranges, towards the outputs of the shared weights without quantizers: sequential AdaQuant,
-    batch-norm tuning, bias tuning, each kept only if the held-out loss falls. Return (canonical, ladder)."""
+    batch-norm tuning, bias tuning, each kept only if the held-out loss falls. Returns (canonical, ladder)."""
     scheme = canonical.scheme
     calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
     if settings.mirror:
@@ -99,7 +99,7 @@ def polished(
     judge = Judge(network, own, calibration.held_out, reference, task_of(reference, example.reader, supernet.task), recall=cache)
     bench = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
     done = polish_scheme(bench, scheme)
-    supernet.method.switch(scheme)  # as it was before the float network was made
+    supernet.method.switch(scheme)  # as before the float network was created
     return Canonical(done.model.eval(), network.norms, done.edges), done.ladder[1:]
 
 
@@ -126,14 +126,17 @@ def extract(
                     of layer -> precision)
     data            unlabelled training data to estimate batch-norm statistics from; without it, the stored ones of this scheme or of the
                     nearest are used, and the report says which
-    polish          then calibrate it on `data`: sequential AdaQuant, batch-norm and bias tuning from its own codes and ranges, each kept
+    test, metric, model, workers  as for `calibrate`
+    polish          also calibrate it on `data`: sequential AdaQuant, batch-norm and bias tuning from its own codes and ranges, each kept
                     only if the held-out loss falls; the settings below and `cache` are those of `calibrate` that apply to these steps
+
+    Raises InfeasibleBudget if no subnet fits, SchemeMismatch if a precision was not trained, InvalidSetting or InvalidFile otherwise.
     """
     options = CalibrateSettings.of(**settings)
     check_subnet(budget, scheme, polish, data)
     if settings and not polish:
         raise InvalidSetting(
-            f"{next(iter(settings))} has no part in an extraction without polish. Leave it out, or give --polish and --data."
+            f"{next(iter(settings))} does not apply to an extraction without polish. Leave it out, or give --polish and --data."
         )
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     clock = StageClock()
@@ -160,12 +163,16 @@ def extract(
     if test is not None:
         preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
         tests = checked_tests(samples_from(test, workers, preprocessing, canonical.model), canonical.model)
-        tests = compared(canonical.model, tests, supernet.settings.outputs) if samples is None else read_alike(tests, samples)
+        tests = (
+            compared(canonical.model, tests, supernet.settings.outputs, supernet.settings.task)
+            if samples is None
+            else read_alike(tests, samples, canonical.model, supernet.settings.task)
+        )
     ladder: list[dict[str, Any]] = []
     if polish:
-        if tests is not None:  # labels that do not fit and a metric that fails are refused before the work
+        if tests is not None:  # check labels and metric before the work
             evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
-        assert batches is not None  # polishing without data is refused
+        assert batches is not None  # polishing requires data
         with clock.stage("polish"):
             canonical, ladder = polished(supernet, canonical, fitting, batches, options, open_cache(cache))
     example = batches[0] if batches else supernet.example
@@ -197,16 +204,16 @@ def extract(
 
 
 def _scheme_from(scheme: Scheme | str | Path | None) -> Scheme:
-    """Return the scheme of a run folder or of a JSON file; a scheme itself."""
+    """Return the scheme in a run folder or JSON file; a Scheme unchanged."""
     if isinstance(scheme, Scheme):
         return scheme
-    assert scheme is not None  # where there is no budget
+    assert scheme is not None  # checked by `check_subnet`
     path = Path(scheme)
     if path.is_dir():
         return read_scheme(path).scheme
     layers = read_json(path)
     if not isinstance(layers, dict) or not all(isinstance(text, str) for text in layers.values()):
-        raise InvalidFile(f"{path} is no scheme: write a JSON object of layer -> precision, or name a run folder.")
+        raise InvalidFile(f"{path} is not a scheme: write a JSON object of layer -> precision, or name a run folder.")
     try:
         return Scheme.parse(layers)
     except InvalidSetting as error:

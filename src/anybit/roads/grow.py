@@ -48,8 +48,8 @@ from anybit.settings import takes
 from anybit.sources.preprocessing import Preprocessing
 
 FEW = 2048
-"""Training inputs, augmented as in training, from which ranges start and batch-norm statistics are estimated before a freeze; fewer of
-large ones."""
+"""Number of training inputs, augmented as in training, for initial ranges and for batch-norm statistics before a freeze; fewer if they
+are large."""
 FEW_BYTES = 2**28
 
 
@@ -59,18 +59,18 @@ def few_batches(samples: Samples, settings: TrainSettings) -> list[Batch]:
 
 
 def watched_batches(tests: Samples, seed: int) -> list[Batch]:
-    """Return the test samples for the report of every epoch, drawn at random once, because many data sets are sorted by class."""
+    """Return the test samples for every epoch's report, drawn at random once, because many data sets are sorted by class."""
     return list(draw(tests, _few(tests), seed).batches(256))
 
 
 def _few(samples: Samples) -> int:
-    """Return FEW, or as many as FEW_BYTES hold."""
+    """Return FEW, or as many as fit into FEW_BYTES."""
     first = next(samples.subset([0]).batches(1))
     return max(2, min(FEW, FEW_BYTES // sum(tensor.nbytes for tensor in tensors_in(first.inputs))))
 
 
 def grow_method_name(method: str | None, has_scheme: bool) -> str:
-    """Return the method, by default LSQ with a scheme and CSQ without. Raise InvalidSetting if it does not fit."""
+    """Return the method, by default LSQ with a scheme and CSQ without. Raises InvalidSetting if it does not fit."""
     fitting = [name for name in GROW_METHODS if grow_method_named(name).needs_scheme == has_scheme]
     if method is None:
         return fitting[0]
@@ -93,7 +93,7 @@ def forgotten(model: nn.Module, batches: Sequence[Batch], seed: int) -> nn.Modul
 
 
 def observe_trainable(model: nn.Module, example: Batch, settings: GrowSettings, scheme: Scheme | None, method: str) -> ObservedNetwork:
-    """Observe and fold the float network; layers have the choices of the method, or only those of `scheme`."""
+    """Observe and fold the float network; layers have the method's choices, or only those of `scheme`."""
     options = grow_method_named(method).layer_choices(getattr(settings, method), settings.activation_bits)
     widths = tuple(precision.weight_bits for precision in options if precision.weight_bits)
     fixed = {} if scheme is None else {glob.escape(name): p for name, p in scheme.items() if p.weight_bits is None}
@@ -144,7 +144,7 @@ def frozen(trainee: Trainee, network: ObservedNetwork, batches: Sequence[Batch])
 def soft_and_frozen(
     trainee: Trainee, network: ObservedNetwork, batches: Sequence[Batch], test: Sequence[Batch], task: Task, metric: Metric | None
 ) -> dict[str, Any]:
-    """Score the network on `test`, as trained and as it would be frozen now, both with statistics from `batches`."""
+    """Score the network on `test`, as trained and as it would be frozen now, both with batch-norm statistics from `batches`."""
     soft = copy.deepcopy(trainee.model)
     batchnorm.reestimate(soft, batches)
     return {
@@ -175,14 +175,14 @@ def grow(
     """Train a network to a budget while its mixed-precision scheme grows, or at a scheme.
 
     model       a trained network, or a reference to one; with `from_scratch` only its architecture is used
-    train       labelled data (or unlabelled, with distill=1): a data set, arrays, Samples, or a reference
+    train       labelled data (unlabelled with distill=1): a data set, arrays, Samples, or a reference
     budget      of weights: "3bit", "80kB", "12.5%"; None leaves every layer as large as it starts
     scheme      instead of a budget: a fixed scheme, or a run to take it from. `method` is LSQ with a scheme and CSQ without
-    weights, preprocessing  as for `calibrate`
+    weights, preprocessing, metric, workers, device  as for `calibrate`
     test        labelled data for the report of every epoch, soft and frozen; nothing is chosen on it
     checkpoint  a file that is written after every epoch, and resumed from if it exists
 
-    Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; AnybitError where the loss stops being a number.
+    Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; AnybitError if the loss becomes NaN.
     """
     grow_settings = GrowSettings.of(**settings)
     if isinstance(budget, (list, tuple)):
@@ -213,7 +213,7 @@ def grow(
         outputs, on_labels = outputs_of(float_model, few[:1]), labelled_outputs(float_model, few[0])
         task = task_of(outputs, few[0].reader, grow_settings.task, on_labels, float_model)
         trainee = make_trainee(network, few, budget, grow_settings, method)
-    if tests is not None:  # before the long work, which bad labels or a bad metric would waste
+    if tests is not None:  # before the long work, so that bad labels or metrics do not waste it
         reference = outputs_of(float_model, tests.batches(256))
         float_test = evaluate_model(float_model, tests.batches(256), task, metric)
         watched = watched_batches(tests, grow_settings.train.seed)

@@ -23,7 +23,7 @@ from anybit.progress import tell
 from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
-from anybit.sources.inputs import compared, first_samples, samples_from
+from anybit.sources.inputs import compared, first_samples, samples_from, with_class_numbers
 from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.pictures import common_classes
@@ -46,7 +46,7 @@ def follow_model(
         model = load_model(model, provenance["model"]["weights"], task)
     elif weights is not None:
         raise InvalidSetting(
-            f"The weights {weights} are for a model given by reference, and a network was given. Load them into it yourself."
+            f"The weights {weights} are for a model given by reference, but a network was given. Load them into it yourself."
         )
     model = adapted_network(model)
     check_network(model)
@@ -58,17 +58,19 @@ def follow_model(
     return model, preprocessing, provenance
 
 
-def read_alike(tests: Samples | None, samples: Samples) -> Samples | None:
-    """Return the test samples with the samples' reader of several outputs."""
-    return replace(tests, reader=samples.reader) if tests is not None and isinstance(samples.reader, OutputReader) else tests
+def read_alike(tests: Samples | None, samples: Samples, model: nn.Module, task: str | None) -> Samples | None:
+    """Return the test samples with the samples' reader of several outputs, and labels as the task, or the model's outputs, ask for."""
+    if tests is None:
+        return None
+    return with_class_numbers(model, replace(tests, reader=samples.reader) if isinstance(samples.reader, OutputReader) else tests, task)
 
 
 def unread_in_words(network: ObservedNetwork) -> str:
-    """Write a note on layers that no compared output reads; empty if there are none."""
+    """Write a note on layers on which no compared output depends; empty if there are none."""
     if not network.unread:
         return ""
     names = ", ".join(network.unread)
-    return f"no compared output reads {names}, so that a budget gives them the fewest bits. Change that with --outputs or --keep"
+    return f"no compared output depends on {names}, so that a budget gives them the fewest bits. Change that with --outputs or --keep"
 
 
 def notes_on(network: ObservedNetwork) -> list[str]:
@@ -84,12 +86,12 @@ def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork) -> dict[st
 
 
 def labels_fit(outputs: Tensor, labels: Tensor, task: Task, needed: bool) -> bool:
-    """Return whether the labels fit the task. If not, raise InvalidInput if they are `needed`, or class numbers that the network lacks,
-    which is a mistake in any case; otherwise leave a note."""
+    """Return whether the labels fit the task. If not, raise InvalidInput if they are `needed`, or if they are class numbers that the
+    network lacks, which is always a mistake; otherwise leave a note."""
     try:
         task.check(outputs, labels)
     except InvalidInput as error:
-        if needed or (task.of_one_class and labels.dim() == 1 and not labels.is_floating_point()):
+        if needed or (task.of_one_class and labels.dim() == 1):
             raise
         tell("note", note=f"the labels of the data are not used in this run: {str(error).rstrip('.')}")
         return False
@@ -104,7 +106,7 @@ def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
 
 
 def checked_tests(samples: Samples, model: nn.Module) -> Samples:
-    """Return the test samples. Refuse them before any work if they have no labels or do not fit the model."""
+    """Return the test samples. Raises InvalidInput before any work if they have no labels or do not fit the model."""
     if not samples.labelled or len(samples) == 0:
         raise InvalidInput("The test data has no samples with labels. Give a labelled set to --test, or leave it out.")
     check_inputs(model, samples)
@@ -130,9 +132,9 @@ def on_device(model: nn.Module, device: str, samples: Samples | None = None) -> 
 def example_of(calibration: Calibration) -> Batch:
     """Return two fitting inputs, or one if batches of one cannot be joined."""
     padded = calibration.fitting[0].mask is not None
-    example = calibration.fitting[-1 if padded else 0].head(2)  # texts go by length: the longest
+    example = calibration.fitting[-1 if padded else 0].head(2)  # texts are sorted by length: the longest
     if len(example) == 1 and len(calibration.fitting) > 1 and not padded:
-        with suppress(RuntimeError):  # of other shapes
+        with suppress(RuntimeError):  # if their shapes differ
             return join([example, calibration.fitting[1].head(1)])
     return example
 
@@ -151,21 +153,21 @@ def training_inputs(
 ) -> tuple[nn.Module, Samples, Samples | None, dict[str, Any]]:
     """Return (the float network, training samples, test samples, their provenance), on this process's device."""
     if metric is not None and test is None:
-        raise InvalidSetting("A metric is reported on the test data, and there is none. Give --test, or leave out --metric.")
+        raise InvalidSetting("A metric is reported on test data, but there is none. Give --test, or leave out --metric.")
     model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, task)
     device = join_processes(device)
     samples = samples_from(data, workers, preprocessing, model).on(device)
     float_model = on_device(model, device, samples).eval()
-    samples = compared(float_model, samples, outputs)
+    samples = compared(float_model, samples, outputs, task)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), float_model)
-    return float_model, samples, read_alike(tests, samples), provenance
+    return float_model, samples, read_alike(tests, samples, float_model, task), provenance
 
 
 def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int) -> Samples:
-    """Return the data, preprocessed as for the supernet; without any, the recorded data of the user's own supernet."""
+    """Return the data, preprocessed as for the supernet; by default the recorded data of the user's own supernet."""
     if data is None:
         data = supernet.about.get("data", {}).get("reference")
         if not isinstance(data, str) or isinstance(run, Supernet) or not is_trusted(Path(run), SUPERNET_JSON):
-            raise InvalidSetting("The supernet does not name data that may be followed. Give its training data with --data.")
+            raise InvalidSetting("The supernet does not name data that anybit may load. Give its training data with --data.")
     samples = samples_from(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})), supernet.model)
-    return compared(supernet.network, samples, supernet.settings.outputs)
+    return compared(supernet.network, samples, supernet.settings.outputs, supernet.settings.task)

@@ -25,13 +25,13 @@ from anybit.sources.models import adapted_network
 @public
 @takes(CalibrateSettings)
 def inspect(model: nn.Module, data: Any = None, *, export: bool = True, cache: str | Path | bool = True, **settings: Any) -> dict[str, Any]:
-    """Return layers, shapes, coverage, the cost of each bit-width, and whether the network can be exported.
+    """Return layers, shapes, coverage, the cost of each bit-width, and whether the network can be exported, as a dict.
 
     `data` needs one input. Without it, results of a forward pass are None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
-    unused layers count as covered, and sizes are those with every batch norm unfolded.
+    unused layers count as covered, and sizes are those without folding.
 
-    export   try an ONNX export: seconds of torch's exporter, once for all later exports of the network
-    cache    where the exported graph is kept, as for `export`
+    export   try an ONNX export, which takes seconds of torch's exporter once per network
+    cache    folder of the exported graph, as for `export`
     """
     chosen = CalibrateSettings.of(**settings)
     options, model = replace(chosen.options, gradients=False), adapted_network(model)

@@ -20,7 +20,7 @@ from anybit.networks.observed import ObservedNetwork
 from anybit.roads.settings import CalibrateSettings
 from anybit.supernets.supernet import Supernet
 
-# Settings by the first result that depends on them: a change of one leaves what was made before it. All others count from the beginning.
+# Settings by the first result that depends on them: earlier results survive a change. All others count from the beginning.
 SOLVING = ("solver",)
 MATCHING = ("bn_tuning", "bn_prior", "bn_target")
 PARALLEL = ("rounding", "candidate_steps", "step_batch", "drop")
@@ -32,7 +32,7 @@ def key_of_run(
     recall: Cache, network: ObservedNetwork, calibration: Calibration, outputs: Sequence[Tensor], settings: CalibrateSettings
 ) -> Cache:
     """Key `recall` by everything that a network's ranges depend on: its weights, code and attributes, inputs and float `outputs`, layers
-    and choices, settings, anybit's code and the machine."""
+    and choices, settings, anybit's code, and the machine."""
     early = {key: value for key, value in settings.to_json().items() if key not in (*SOLVING, *MATCHING, *PARALLEL, *SENSITIVITY, *LATER)}
     data = [tensor for batch in [*calibration.fitting, *calibration.held_out] for tensor in tensors_in([batch.inputs, batch.labels])]
     operations = [[op.name, op.kind, list(op.shape)] for op in network.wiring.operations]
@@ -51,7 +51,7 @@ def weights_digest(network: ObservedNetwork) -> str:
 
 
 def keyed_by_settings(recall: Cache, settings: CalibrateSettings, names: Sequence[str]) -> Cache:
-    """Key `recall` by these settings, too."""
+    """Key `recall` by these settings as well."""
     return recall.keyed({name: settings.to_json()[name] for name in names})
 
 
@@ -65,9 +65,9 @@ def cached_candidates(recall: Cache, name: str, network: ObservedNetwork, make: 
 
 
 def key_of_supernet(recall: Cache, supernet: Supernet, batches: Sequence[Batch], metric: Metric | None) -> Cache:
-    """Key `recall` by what a score depends on besides the scheme: the supernet's numbers and code, all the data, the metric's code.
+    """Key `recall` by everything that a score depends on besides the scheme: the supernet's tensors and code, all data, the metric's code.
 
-    Values that change with the subnet are left out: chosen bits, and batch-norm statistics, which follow from the data.
+    Values that change with the subnet are left out: the chosen bits, and batch-norm statistics, which follow from the data.
     """
     norms = tuple(f"{name}." for name, module in supernet.model.named_modules() if isinstance(module, BATCH_NORMS))
     fixed = {

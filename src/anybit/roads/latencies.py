@@ -1,4 +1,4 @@
-"""Measured latencies among a network's costs, if a budget limits them."""
+"""Measured latencies as part of a network's costs, if a budget limits them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,8 @@ from anybit.supernets.supernet import Supernet
 
 
 def with_latencies(network: ObservedNetwork, budgets: Sequence[Budget]) -> ObservedNetwork:
-    """Return the network with this machine's measured latencies among its costs, if a budget limits them."""
+    """Return the network with this machine's measured latencies in its costs, if a budget limits latency. Raises InvalidSetting without a
+    table."""
     if all(budget.limit(LATENCY.name) is None for budget in budgets):
         return network
     from anybit.onnx.latency import load_table  # optional packages
@@ -27,10 +28,10 @@ def with_latencies(network: ObservedNetwork, budgets: Sequence[Budget]) -> Obser
 
 
 def supernet_with_latencies(supernet: Supernet, samples: Samples, budgets: Sequence[Budget]) -> Supernet:
-    """Return the supernet with this machine's measured latencies among its costs, if a budget limits them."""
+    """Return the supernet with this machine's measured latencies in its costs, if a budget limits latency."""
     if all(budget.limit(LATENCY.name) is None for budget in budgets):
         return supernet
-    from anybit.onnx.file import PROBE  # as in `profile`: padded texts have the length of so many
+    from anybit.onnx.file import PROBE  # as in `profile`, since the length of padded texts depends on it
 
     first = next(samples.on("cpu").subset(range(min(PROBE, len(samples)))).batches(PROBE))
     network = with_latencies(observe_supernet(supernet.network, first, supernet.settings), budgets)
@@ -41,5 +42,5 @@ def measured_latencies(costs: CostModel, canonical: Canonical, example: Batch) -
     """Return the predicted latency of the finished network and the measured one of its export, in seconds per sample."""
     from anybit.onnx.latency import latency_of
 
-    assert costs.latency is not None  # a budget that limits latency brings its table
+    assert costs.latency is not None  # budgets of latency require a table
     return {"predicted": costs.latency.total(canonical.scheme), **latency_of(canonical, example)}

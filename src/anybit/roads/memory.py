@@ -1,4 +1,4 @@
-"""Estimate the memory that the steps of a run need, and the batch sizes that fit."""
+"""Estimate the memory that each step of a run needs, and the batch sizes that fit."""
 
 import torch
 
@@ -17,19 +17,19 @@ TRAINED = 3
 
 
 LEAST = 256_000_000
-"""Bytes that a run holds beside activations however small the network is: a layer's second moments, samples of inputs, what the C library
-keeps. A lower limit may not hold."""
+"""Bytes that a run needs besides activations, however small the network: a layer's second moments, samples of inputs, allocator
+overhead. A lower limit may be exceeded."""
 OBSERVED = 2
 """Copies of each tensor that an observing pass holds."""
 
 
 def sample_bytes(wiring: Wiring) -> dict[str, int]:
-    """Return edge name of an operation -> bytes of one sample in its output."""
+    """Return operation's edge name -> bytes of one sample in its output."""
     return {op.edge: 4 * torch.Size(op.shape).numel() // wiring.batch_size for op in wiring.operations}
 
 
 def working_memory(network: ObservedNetwork, padded: bool, settings: CalibrateSettings) -> dict[str, tuple[int, str]]:
-    """Return the least activation memory of each kind of step: step -> (bytes, options that reduce it)."""
+    """Return the smallest activation memory of each kind of step: step -> (bytes, options that reduce it)."""
     sizes = sample_bytes(network.wiring)
     needs = {"a forward pass": (RUNNING * settings.batch_size * max(sizes.values()), "--batch-size")}
     if settings.does("sequential") or settings.does("parallel"):
@@ -57,13 +57,13 @@ def check_memory(network: ObservedNetwork, calibration: Calibration, settings: C
     step, (least, instead) = max(needs.items(), key=lambda item: item[1][0])
     if settings.memory < floor and least < floor:
         raise InvalidSetting(
-            f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(floor)} that a run may hold however small the network is. "
+            f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(floor)} that a run may need however small the network is. "
             f"Give at least --memory {_megabytes(floor)}."
         )
     if settings.memory < least:
         raise InvalidSetting(
-            f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(least)} of activations that {step} holds. "
-            f"Give at least --memory {_megabytes(least)}, or less to do at once: {instead}."
+            f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(least)} of activations that {step} needs. "
+            f"Give at least --memory {_megabytes(least)}, or reduce the step: {instead}."
         )
 
 
@@ -78,12 +78,12 @@ def memory_to_capture(network: ObservedNetwork, calibration: Calibration, settin
 
 
 def samples_at_once(wiring: Wiring, copies: int, memory: int, most: int) -> int:
-    """Return how many samples fit into a pass that holds so many copies of every tensor, from 1 to `most`."""
+    """Return how many samples fit into a pass that holds this many copies of every tensor, from 1 to `most`."""
     return min(most, max(1, memory // (copies * sum(sample_bytes(wiring).values()))))
 
 
 def within_memory(wiring: Wiring, batches: list[Batch], memory: int) -> list[Batch]:
-    """Return as many of the first batches as fit into one joined forward pass."""
+    """Return as many of the first batches as fit into one joint forward pass."""
     room = max(1, memory // (RUNNING * max(sample_bytes(wiring).values())))
     first: list[Batch] = []
     count = 0

@@ -1,4 +1,4 @@
-"""Polish a scheme: sequential reconstruction, batch-norm tuning, bias tuning, ranges of edges, each kept only if held-out loss falls."""
+"""Polish a scheme: sequential reconstruction, batch-norm tuning, bias tuning and edge ranges, each kept only if the held-out loss falls."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ from anybit.scheme import Scheme
 
 @dataclass
 class _Ladder:
-    """The best network so far, its edges' ends and every step's measurements; `cache` is keyed by all that the next step depends on."""
+    """The best network so far, its edges' ranges and every step's measurements; `cache` is keyed by all that the next step depends on."""
 
     judge: Judge
     cache: Cache
@@ -39,11 +39,12 @@ class _Ladder:
     edges: Ends
 
     def climb(self, step: str, changed: nn.Module, names: Sequence[str], change: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Apply `change` to the layers `names` of `changed`, in place; keep `changed` if the held-out loss falls. Return its record."""
+        """Apply `change` to the layers `names` of `changed`, in place; keep `changed` if the held-out loss falls. Returns the step's
+        record."""
 
         def make() -> Entry:
             record = change()
-            with_edges(changed, self.judge.network.wiring, self.edges)  # layers that read codes may have learned ranges of their own
+            with_edges(changed, self.judge.network.wiring, self.edges)  # layers that read codes may have learned their own ranges
             return Entry({"told": record, "measured": self.judge.of_model(changed)}, snapshot(changed, names))
 
         def read(entry: Entry) -> tuple[dict[str, Any], dict[str, float]]:
@@ -58,7 +59,7 @@ class _Ladder:
         return record
 
     def take(self, step: str, changed: nn.Module, scores: Mapping[str, float]) -> bool:
-        """Take `changed` if its held-out loss is below that of the network so far; returns whether it is."""
+        """Keep `changed` if its held-out loss is the lowest so far; returns whether it is."""
         better = scores["loss"] < next(row["loss"] for row in reversed(self.rows) if row["kept"])
         self.rows.append({"step": step, "kept": better, **scores})
         tell("step", **self.rows[-1])
@@ -69,7 +70,8 @@ class _Ladder:
 
 @dataclass(frozen=True)
 class Polished:
-    """The canonical model, the ends of its edges, the ladder (each step's measurements and whether it was kept) and each unit's errors."""
+    """The canonical model, the ranges of its edges, the ladder (each step's measurements and whether it was kept), and each unit's
+    errors."""
 
     model: nn.Module
     edges: Ends
@@ -78,7 +80,7 @@ class Polished:
 
 
 def polish_scheme(state: CalibrationState, scheme: Scheme) -> Polished:
-    """Reconstruct, tune batch norm, tune biases of `scheme` and observe its edges, keeping each step only if the held-out loss falls."""
+    """Reconstruct, tune batch norm and biases of `scheme`, and observe its edges, keeping each step only if the held-out loss falls."""
     ladder, errors = _start(state, scheme), {}
     if state.settings.does("sequential") or (state.settings.solver != "none" and worth_solving(scheme)):
         errors = _reconstruct(state, scheme, ladder)
@@ -91,7 +93,7 @@ def polish_scheme(state: CalibrationState, scheme: Scheme) -> Polished:
 
 
 def _start(state: CalibrationState, scheme: Scheme) -> _Ladder:
-    """Measure the scheme rounded to nearest and from the candidates; start from the better one."""
+    """Measure the scheme rounded to nearest and with the candidates; start from the better one."""
     judge, network = state.judge, state.network
     cache = judge.recall.keyed("polish", scheme.to_json())
     ranged, candidate = network.apply(scheme, state.ranged), network.apply(scheme, state.candidates)
@@ -105,7 +107,7 @@ def _start(state: CalibrationState, scheme: Scheme) -> _Ladder:
 
 
 def _reconstruct(state: CalibrationState, scheme: Scheme, ladder: _Ladder) -> dict[str, Any]:
-    """Reconstruct unit after unit; return each unit's errors."""
+    """Reconstruct one unit after the other; returns each unit's errors."""
     network, calibration, settings = state.network, state.calibration, state.settings
     ladder.cache = keyed_by_settings(ladder.cache, settings, ("steps", "start", "sequential", "pipeline", *PARALLEL))
     changed, starts = sequential_start(state, scheme)
@@ -160,12 +162,13 @@ def _observe_edges(state: CalibrationState, ladder: _Ladder) -> None:
 
 
 def sequential_start(state: CalibrationState, scheme: Scheme) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return where sequential reconstruction starts: (model, free weights).
+    """Return the start of sequential reconstruction: (model, free weights).
 
-    After AdaQuant's parallel form, at its codes: many trained weights rest beside a rounding threshold, where the next optimizer's first
-    step would flip thousands of codes at once; a weight set to its code stays until its gradient says otherwise. Without it, with another
-    rounding, or where `settings.start` asks for it, at the float weights, in their estimated ranges or with matched statistics: matching
-    widens the scales to restore the deviation of each channel, which mends a shift of means at once and leaves more rounding error to undo.
+    After AdaQuant's parallel form, it starts at that form's codes: many trained weights rest beside a rounding threshold, where the next
+    optimizer's first step would flip thousands of codes at once; a weight at its code stays until its gradient moves it. Otherwise (without
+    the parallel form, with another rounding, or if `settings.start` says so) it starts at the float weights, with their estimated ranges or
+    with matched statistics: matching widens the scales to restore each channel's deviation, which corrects shifted means at once but leaves
+    more rounding error to undo.
     """
     start, network = state.settings.start, state.network
     free = free_weights(state.network, state.ranged, scheme)

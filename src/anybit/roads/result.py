@@ -33,10 +33,10 @@ class Result:
 
     result.evaluate(data)                  scores on labelled data, preprocessed as the calibration data was
     result.summary()                       size, bits and scores in a line; in a notebook the result shows itself
-    result.layers, result.frontier()       data frames (with pandas) of the layers, and of the schemes by size
+    result.layers, result.frontier()       data frames (with pandas): the layers, and the schemes by size
     result.plot()                          the charts of size against loss and score
     result.export("net.onnx")              then result.verify("net.onnx"), result.bench("net.onnx")
-    result.save("runs/mine")               the run folder, which `load`, `export`, `allocate` and the command line take
+    result.save("runs/mine")               the run folder, for `load`, `export`, `allocate` and the command line
     """
 
     canonical: Canonical
@@ -76,7 +76,7 @@ class Result:
         return verbs.bench(self, onnx, data=data, **options)
 
     def summary(self) -> str:
-        """Return size, bits and scores, in a line."""
+        """Return size, bits and scores in one line."""
         return result_line(self.report)
 
     @property
@@ -85,11 +85,11 @@ class Result:
         return layers_frame(record_of(self.report))
 
     def frontier(self) -> "pandas.DataFrame":
-        """Return the schemes of every size, as predicted and as measured. Needs pandas."""
+        """Return predicted and measured schemes by size. Needs pandas."""
         return frontier_frame(record_of(self.report))
 
     def plot(self) -> Page:
-        """Return the charts of size against loss and score, which a notebook shows; `save` writes them as a page."""
+        """Return a page with the charts of size against loss and score, which a notebook shows and `save` writes."""
         return Page(figure_page(self.report))
 
     def __repr__(self) -> str:

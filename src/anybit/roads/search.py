@@ -44,7 +44,7 @@ from anybit.supernets.supernet import Supernet, scores, uniform_schemes, write_s
 from anybit.wording import as_in_python
 
 TIE = 1e-3
-"""Points of top-1 that one nat is worth."""
+"""Points of top-1 that equal one nat of loss."""
 
 
 def cached_search(cache: Cache, supernet: Supernet, settings: SearchSettings, images: int, run: Callable[[], SearchResult]) -> SearchResult:
@@ -95,7 +95,7 @@ class SearchEntry(BaseModel):
 
 @dataclass
 class Search:
-    """Result of a search: `supernet` stores the statistics of `chosen` (budget -> scheme) and of the front; `report` has the rest."""
+    """The result of a search: `supernet` stores the statistics of `chosen` (budget -> scheme) and of the front; `report` holds the rest."""
 
     supernet: Supernet
     chosen: dict[str, Scheme]
@@ -103,7 +103,7 @@ class Search:
 
     @as_in_python()
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write the search's folder: the supernet with the new statistics, search.json, report.json."""
+        """Write the folder of the search: the supernet with the new statistics, search.json, report.json."""
         with new_folder(Path(folder), overwrite) as draft:
             write_supernet(draft, self.supernet)
             write_json(draft / SEARCH, sealed({**self.report, "sha256": sha256_of(draft / SUPERNET)}))
@@ -121,10 +121,10 @@ def run_search(
     metric: Metric | None,
     cache: Cache,
 ) -> Search:
-    """Search, measure the front again on other held-out samples, and choose for each budget; `samples` are the training data.
+    """Search, measure the front again on other held-out samples, and choose a scheme for each budget; `samples` are the training data.
 
-    During the search, batch norm is estimated on `settings.bn_images`, which takes most of the time. The front is measured again, and
-    stored, with as many inputs as in training.
+    During the search, batch norm is estimated on `settings.bn_images` inputs, which takes most of the time. The front is measured again,
+    and stored, with as many inputs as in training.
     """
     if not samples.labelled:
         raise InvalidInput("The search needs labels: subnets are ranked by their accuracy. Give labelled data.")
@@ -132,7 +132,7 @@ def run_search(
     images = min(settings.images, len(held_out) // 2)
     if images < 1:
         raise InvalidInput(
-            f"{len(held_out)} held-out sample(s) are too few: the search and the front need some each. Train with a larger --held-out."
+            f"{len(held_out)} held-out sample(s) are too few: both the search and the front need some. Train with a larger --held-out."
         )
     search_on, measure_on = (list(held_out.subset(range(at, at + images)).batches(256)) for at in (0, images))
     bn = bn_batches(fitting, supernet.settings)
@@ -144,7 +144,7 @@ def run_search(
     def score(scheme: Scheme, test: Sequence[Batch], statistics: Sequence[Batch], where: tuple[str, int]) -> float:
         def measure() -> float:
             measured = scores(supernet, scheme, statistics, test, metric)
-            # Of two subnets that get as many right the one of lower loss is the better; a metric of the user's own is taken as it is.
+            # Ties in accuracy are broken by the loss; a custom metric is used as it is.
             if key == "loss":
                 return -measured["loss"]
             return measured[key] - (TIE * min(measured["loss"], 100.0) if key == "top1" else 0.0)
@@ -218,12 +218,12 @@ def lowest(supernet: Supernet) -> Scheme:
 
 
 def check_fits(supernet: Supernet, budget: Budget) -> None:
-    """Raise InfeasibleBudget with the smallest possible budget if even the lowest subnet exceeds it."""
+    """Raise InfeasibleBudget with the smallest possible budget if even the lowest subnet exceeds `budget`."""
     check_is_counted(budget)
     for quantity, _ in budget.costs():
         if not quantity.is_known(supernet.costs):
             raise InvalidSetting(
-                f"A budget of {quantity.name} ({budget}) is counted for the shapes of the network's inputs: give them with --data."
+                f"A budget of {quantity.name} ({budget}) depends on the shapes of the network's inputs: give them with --data."
             )
     if not fits_budget(supernet.costs, lowest(supernet), budget):
         raise InfeasibleBudget(_why_too_large(supernet, budget))
@@ -252,7 +252,7 @@ def _evaluated_in(folder: Path, supernet: Supernet) -> list[tuple[float, float, 
 
 
 def best_within(folder: Any, supernet: Supernet, budget: Budget) -> Scheme:
-    """Return the best evaluated subnet of a search that fits; of a supernet that was not searched, the largest uniform one that fits."""
+    """Return the best evaluated subnet of a search that fits; in a supernet without a search, the largest uniform one that fits."""
     check_fits(supernet, budget)
     if isinstance(folder, (str, Path)) and (Path(folder) / SEARCH).is_file():
         known = _evaluated_in(Path(folder), supernet)
@@ -281,8 +281,11 @@ def search(
     """Find a supernet's best schemes at every cost, and for each budget the best that fits.
 
     data        the supernet's training data; subnets are evaluated on its held-out share
-    cache       keep every evaluation, in this folder or (True) in the user's cache directory: a search that was interrupted, or has another
-                budget, does not repeat them. Scores of another supernet, data or metric are never taken
+    budget      one or several, each as for `calibrate`, but only costs
+    model, metric, workers, device  as for `calibrate`
+    cache       store every evaluation, in this folder or (True) in the user's cache directory: a search that was interrupted, or has
+                another
+                budget, does not repeat them. Scores of another supernet, data or metric are never reused
 
     Raises InfeasibleBudget with the smallest possible budget if no subnet fits one.
     """
@@ -293,11 +296,11 @@ def search(
     supernet = supernet_with_latencies(supernet, samples, budgets)
     for one in budgets:
         check_fits(supernet, one)
-    on_device(torch.nn.Identity(), device)  # refused by name where there is none
+    on_device(torch.nn.Identity(), device)  # raises if there is no such device
     supernet.model.to(device)
     try:
         result = run_search(supernet, samples, budgets, options, metric, open_cache(cache))
-        if supernet.costs.latency is not None:  # counted for these budgets
+        if supernet.costs.latency is not None:  # only for these budgets
             result.supernet = replace(supernet, costs=replace(supernet.costs, latency=None))
         return result
     finally:

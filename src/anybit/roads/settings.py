@@ -9,7 +9,7 @@ from anybit.calls import BYTES
 from anybit.data.options import OUTPUTS, TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
-from anybit.methods.settings import CSQSettings, LSQSettings
+from anybit.methods.settings import CSQSettings, LSQSettings, MSQSettings
 from anybit.methods.table import GROW_METHODS, ROUNDINGS, SOLVERS
 from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, Precision
 from anybit.settings import NAMES, Settings, Text, documented, option, same_as
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from anybit.networks.options import LayerOptions
 
 SWITCHES = ("parallel", "sequential", "bias_tuning")
-"""Steps that the pipeline turns on or off unless the user does."""
+"""Steps whose default depends on the pipeline."""
 
 
 @documented
 @dataclass(frozen=True)
 class CalibrateSettings(Settings):
-    """Settings of `calibrate`. A step's switch that is None follows the pipeline."""
+    """Settings of `calibrate`. A step whose switch is None follows the pipeline."""
 
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
@@ -97,17 +97,17 @@ class CalibrateSettings(Settings):
 
     @property
     def options(self) -> "LayerOptions":
-        """Return the part of these settings that observing the network needs."""
+        """Return the settings that observing the network needs."""
         from anybit.networks.options import LayerOptions
 
         gradients = self.does("bias_tuning")
         return LayerOptions(self.weight_bits, self.activation_bits, self.keep, self.group, self.unit, self.blocks, gradients)
 
     def does(self, step: str) -> bool:
-        """Return whether `step` runs: its switch, or the pipeline's choice."""
+        """Return whether `step` runs, by its switch or by the pipeline."""
         switch = getattr(self, step)
         if step == "parallel" and switch is None and self.solver != "none":
-            return False  # the solver's candidates are as good in a hundredth of the time
+            return False  # the solver's candidates are equally good in a hundredth of the time
         return self.pipeline == "advanced" if switch is None else switch
 
     def to_json(self) -> dict[str, Any]:
@@ -117,9 +117,11 @@ class CalibrateSettings(Settings):
     def recorded(cls, report: Mapping[str, Any]) -> Any:
         report = next(iter(report["budgets"].values())) if "budgets" in report else report
         settings = super().recorded(report)
-        if settings and "solver" not in settings:  # a run from before there was one
+        if settings and "solver" not in settings:  # a run older than the solver
             settings = {**settings, "solver": "none"}
-        if settings and settings.get("parallel") and not report.get("candidate_errors"):  # the pipeline's: it found no layer with a choice
+        if (
+            settings and settings.get("parallel") and not report.get("candidate_errors")
+        ):  # the pipeline's default, without a layer to choose for
             settings = {**settings, "parallel": None}
         return settings
 
@@ -144,11 +146,12 @@ class GrowSettings(Settings):
         8, "Bits of every layer's input, 2..8, or `float` (in Python None).", least=2, most=8, text=ONE_WIDTH, panel="Budget"
     )
     keep: Mapping[str, Precision] = same_as(CalibrateSettings, "keep")
-    method: str | None = option(None, "csq grows a scheme, lsq trains one (default: lsq with --scheme).", choices=tuple(GROW_METHODS))
+    method: str | None = option(None, "csq and msq grow a scheme, lsq trains one (default: csq or lsq).", choices=tuple(GROW_METHODS))
     from_scratch: bool = option(False, "Start from new weights; use with --fix 0.6 --gate-rate 0.03.", switch=True, rare=True)
     task: str | None = same_as(CalibrateSettings, "task", rare=True)
     outputs: Mapping[str, float] = same_as(CalibrateSettings, "outputs", rare=True)
     csq: CSQSettings = field(default_factory=CSQSettings)
+    msq: MSQSettings = field(default_factory=MSQSettings)
     lsq: LSQSettings = field(default_factory=LSQSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
 

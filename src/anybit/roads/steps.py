@@ -41,11 +41,11 @@ from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
 
 FINE = 8
-"""Bits from which weights are rounded to nearest: the solver's time is spent where rounding is coarser."""
+"""Bit-width from which weights are rounded to nearest: a solver is only worth its time for coarser grids."""
 
 
 def worth_solving(scheme: Mapping[str, Precision]) -> bool:
-    """Return whether some layer rounds coarsely enough for a solver to repair."""
+    """Return whether some layer's grid is coarse enough for a solver."""
     return any(bits is not None and bits < FINE for one in scheme.values() for bits in (one.weight_bits, one.activation_bits))
 
 
@@ -68,15 +68,15 @@ def range_candidates(network: ObservedNetwork, calibration: Calibration, setting
 
 
 def edge_candidates(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> dict[str, tuple[float, float]]:
-    """Return the ends of every edge in the float network: of least squared error where the largest scheme rounds the edge."""
+    """Return the range of every edge in the float network, with least squared error if the largest scheme rounds the edge."""
     searched = rounded_edges(network.wiring, quantized_layers(network.prepared), network.largest).names
     chunk_size = samples_at_once(network.wiring, OBSERVED, settings.memory, settings.batch_size)
     return observe_edge_ranges(network.folded, network.wiring, calibration.fitting, chunk_size, searched, settings.seed)
 
 
 def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration: Calibration, settings: CalibrateSettings) -> Candidates:
-    """The same candidates with the codes of the layers below 8 bits chosen by the solver, on the float network's inputs: all widths from
-    one pass."""
+    """Return the candidates with codes below 8 bits chosen by the solver, on the float network's inputs, with one pass for all
+    bit-widths."""
     solver = solver_named(settings.solver)
     assert solver is not None
     names = sorted({name for name, bits in ranged.weights if bits < FINE}, key=network.names.index)
@@ -92,7 +92,7 @@ def solved_candidates(network: ObservedNetwork, ranged: Candidates, calibration:
 
 
 def finite_samples(network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings) -> dict[str, list[Tensor]]:
-    """Return values of each layer's input on the fitting inputs. Raise InvalidInput naming the first layer with a non-finite input."""
+    """Return values of each layer's input on the fitting inputs. Raises InvalidInput naming the first layer with a non-finite input."""
     samples = input_samples(network.folded, network.calls, calibration.fitting, 2**17, settings.seed)
     check_finite_samples(samples)
     return samples
@@ -101,7 +101,7 @@ def finite_samples(network: ObservedNetwork, calibration: Calibration, settings:
 def batch_norm_targets(
     network: ObservedNetwork, calibration: Calibration, settings: CalibrateSettings
 ) -> Mapping[str, batchnorm.ChannelStatistics]:
-    """Return the target of every folded layer's output statistics: the float network's on the fitting inputs, or beta and |gamma|."""
+    """Return the target statistics of every folded layer's outputs: the float network's on the fitting inputs, or beta and |gamma|."""
     if settings.bn_target == "prior":
         return network.promised
     return batchnorm.channel_statistics(network.folded, network.norms, calibration.fitting)
@@ -121,7 +121,7 @@ def matched_candidates(
 
 
 def _variants(network: ObservedNetwork, candidates: Candidates) -> dict[int, nn.Module]:
-    """Return bits -> the network with the weights of all layers that have a candidate of these bits, activations float."""
+    """Return bits -> the network with the candidates of these bits as weights, for layers that have one, and float activations."""
     variants = {}
     for bits in sorted({bits for _, bits in candidates.weights}):
         scheme = {name: Precision(bits, None) for name in network.names if (name, bits) in candidates.weights}
@@ -130,7 +130,7 @@ def _variants(network: ObservedNetwork, candidates: Candidates) -> dict[int, nn.
 
 
 def _with_weights_of(variants: Mapping[int, nn.Module], network: ObservedNetwork, candidates: Candidates) -> Candidates:
-    """Take the weights from `variants`, the ranges of activations from `candidates`."""
+    """Return candidates with weights from `variants`, and activation ranges from `candidates`."""
     changed = replace(candidates, weights=dict(candidates.weights))
     for bits, model in variants.items():
         for name in network.names:
@@ -158,7 +158,7 @@ def reconstructed_candidates(
     settings: CalibrateSettings,
     recall: Cache = Cache(),
 ) -> tuple[Candidates, dict]:
-    """Reconstruct every layer alone, at every candidate bit-width: (candidates, each layer's errors)."""
+    """Reconstruct every layer separately, at every candidate bit-width; returns (candidates, each layer's errors)."""
     variants = _variants(network, candidates)
     starts = {
         bits: free_weights(network, ranged, {n: Precision(bits) for n in network.names if (n, bits) in candidates.weights})
@@ -246,12 +246,12 @@ def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
 class CalibrationState:
     """The state that all budgets of one run share.
 
-    ranged         candidates rounded to nearest in estimated ranges; `candidates` those after matching and parallel reconstruction
-    matched        candidates after matching alone, where parallel reconstruction came after it; None where it did not run
-    targets        target of each folded layer's output statistics
+    ranged         candidates rounded to nearest with estimated ranges; `candidates` those after matching and parallel reconstruction
+    matched        candidates after matching, if parallel reconstruction followed; else None
+    targets        target statistics of each folded layer's outputs
     references     the float network's outputs, one tensor per fitting batch
     errors         parallel reconstruction's errors, by layer and bits
-    float_test     the float network on the test data, if any
+    float_test     the float network on the test data, or None
     """
 
     network: ObservedNetwork

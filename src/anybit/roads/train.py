@@ -51,11 +51,11 @@ def train(
 
     model       a trained network, or a reference to one
     data        labelled training data: a data set, arrays, Samples, or a reference; a share is held out for the search
-    weights, preprocessing, workers, device  as for `calibrate`
+    weights, preprocessing, metric, workers, device  as for `calibrate`
     test        labelled data for the report of every bit-width after every epoch; nothing is chosen on it
     checkpoint  a file that is written after every epoch, and resumed from if it exists
 
-    The result's weights are those of the store: rounded to 8 bits. Raises as `grow` does.
+    The result's weights are those of the store: rounded to 8 bits. Raises the errors of `grow`.
     """
     options = SupernetSettings.of(**settings)
     clock = StageClock()

@@ -1,1 +1,1 @@
-"""The run folder: its files, written and read strictly. Imports methods and below."""
+"""The run folder: its files, written atomically and read strictly. Imports methods and below."""

@@ -1,4 +1,4 @@
-"""candidates.json and candidates.safetensors: the data from which further budgets are allocated."""
+"""candidates.json and candidates.safetensors: the data from which further budgets are met."""
 
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from anybit.scheme import Precision, check_names
 
 
 def write_candidates(folder: Path, candidates: Candidates, provenance: Mapping[str, Any]) -> None:
-    """Write candidates.safetensors (packed codes, scales and biases a candidate) and candidates.json with `provenance`."""
+    """Write candidates.safetensors (packed codes, scales and biases per candidate) and candidates.json with `provenance`."""
     save_file(to_tensors(candidates), folder / "candidates.safetensors")
     digests = {"sha256": sha256_of(folder / "candidates.safetensors"), "run": sha256_of(folder / MODEL)}
     write_json(folder / "candidates.json", sealed({"version": FORMAT_VERSION, **digests, **provenance}))
@@ -50,16 +50,16 @@ class CandidatesFile(BaseModel):
 
 
 def read_candidates(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tuple[Candidates, dict]:
-    """Read (candidates, record) as `write_candidates` wrote them, for layers of these row x column shapes."""
+    """Read (candidates, record) that `write_candidates` wrote, for layers of these row x column shapes."""
     again = "Run calibrate again."
     if not (folder / "candidates.json").is_file():
-        raise InvalidFile(f"{folder} has no candidates.json: runs of calibrate alone have candidates to allocate. Name such a run.")
+        raise InvalidFile(f"{folder} has no candidates.json: only runs of calibrate have candidates to allocate. Name such a run.")
     record = read_sealed(folder / "candidates.json", FORMAT_VERSION, again)
     file, path = validated(CandidatesFile, record, str(folder / "candidates.json")), folder / "candidates.safetensors"
     if not path.is_file() or sha256_of(path) != file.sha256:
         raise InvalidFile(f"{path} is missing or not the file that candidates.json was written with. {again}")
     if sha256_of(folder / MODEL) != file.run:
-        raise InvalidFile(f"{folder / 'candidates.json'} belongs to another run than {folder / MODEL}. {again}")
+        raise InvalidFile(f"{folder / 'candidates.json'} belongs to a different run than {folder / MODEL}. {again}")
     stored, _ = read_header(path)
     tensors = read_tensors(path, _candidate_specs(path, stored, file.choices, shapes))
     try:
@@ -71,8 +71,8 @@ def read_candidates(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> tupl
 def _candidate_specs(
     path: Path, stored: Mapping[str, TensorSpec], choices: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, TensorSpec]:
-    """Return the tensors that candidates.safetensors must hold: all that the layers may choose; and further bit-widths and biases if it has
-    them."""
+    """Return the tensors that candidates.safetensors must hold: all that the layers may choose; and further bit-widths and biases if
+    present."""
     check_names(choices, shapes, "scheme.json")
     parsed = {name: [Precision.parse(text) for text in texts] for name, texts in choices.items()}
     needed = {f"{name}|W{p.weight_bits}|codes" for name, options in parsed.items() for p in options if p.weight_bits}
@@ -84,7 +84,7 @@ def _candidate_specs(
             specs[key] = TensorSpec("F32", (2,))
             continue
         if match is None or match["name"] not in choices:
-            raise InvalidFile(f"{path}: {reprlib.repr(key)} is no candidate of a layer in candidates.json. Run calibrate again.")
+            raise InvalidFile(f"{path}: {reprlib.repr(key)} is not a candidate of a layer in candidates.json. Run calibrate again.")
         rows, columns = shapes[match["name"]]
         if match["activation_bits"]:
             specs[key] = TensorSpec("F32", (2,) if rows * columns else (2, 2))

@@ -1,4 +1,4 @@
-"""fingerprint.safetensors: a network's outputs on drawn inputs, which a network at hand is held against when the run is loaded."""
+"""fingerprint.safetensors: a network's outputs on random inputs, with which a network is compared when the run is loaded."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def write_fingerprint(folder: Path, fingerprint: Fingerprint | None) -> str | No
 
 
 def read_fingerprint(folder: Path, sha256: str | None) -> Fingerprint | None:
-    """Read the file strictly; None where the run has none, or the file has been removed."""
+    """Read the file strictly; None if the run has none, or the file was removed."""
     path = folder / FINGERPRINT
     if sha256 is None or not path.is_file():
         return None
@@ -42,19 +42,19 @@ def read_fingerprint(folder: Path, sha256: str | None) -> Fingerprint | None:
     if sum(map(len, parts.values())) != len(specs) or not parts["output"] or numbers > NUMBERS or len(values) > 2 * OUTPUTS:
         raise InvalidFile(f"{path} does not hold inputs and outputs of a network. {AGAIN}")
     if not all(tensor.is_floating_point() and tensor.dim() == 1 and len(tensor) <= VALUES for tensor in values):
-        raise InvalidFile(f"{path}: outputs are no lists of at most {VALUES} numbers. {AGAIN}")
+        raise InvalidFile(f"{path}: outputs are not lists of at most {VALUES} numbers. {AGAIN}")
     return Fingerprint(parse_json(metadata.get("structure", ""), f"{path}: its structure"), *parts.values())
 
 
 def check_fingerprint(folder: Path, sha256: str | None, model: nn.Module) -> None:
-    """Raise SchemeMismatch where a canonical model that was read gives other outputs than the one that was written."""
+    """Raise SchemeMismatch if a loaded canonical model has other outputs than the saved one."""
     fingerprint = read_fingerprint(folder, sha256)
     if fingerprint is not None:
         _compare(folder, fingerprint, fingerprint.outputs, model)
 
 
 def check_float(folder: Path, sha256: str | None, model: nn.Module) -> None:
-    """Raise SchemeMismatch where a float network gives other outputs than the one that the run was made from."""
+    """Raise SchemeMismatch if a float network has other outputs than the one from which the run was made."""
     fingerprint = read_fingerprint(folder, sha256)
     if fingerprint is not None and fingerprint.floats:
         _compare(folder, fingerprint, fingerprint.floats, model)
@@ -62,16 +62,16 @@ def check_float(folder: Path, sha256: str | None, model: nn.Module) -> None:
 
 def _compare(folder: Path, fingerprint: Fingerprint, expected: list[Tensor], model: nn.Module) -> None:
     remedy = (
-        "What the run's files do not hold must be as it was: buffers that are not persistent, attributes, the code itself. Check --model, "
-        f"and build it as it was built then. ({folder / FINGERPRINT} holds what is compared.)"
+        "Everything outside of the run's files must be unchanged: buffers that are not persistent, attributes, the code itself. Check "
+        f"--model, and build it as before. ({folder / FINGERPRINT} holds the outputs to compare.)"
     )
     try:
         apart = distance(outputs_on(model, fingerprint), expected)
     except InvalidFile as error:
         raise InvalidFile(f"{folder / FINGERPRINT}: {error}. {AGAIN}") from error
-    except Exception as error:  # whatever the network's own code raises
+    except Exception as error:  # the network's own code may raise any error
         raise SchemeMismatch(
-            f"The model does not take the inputs of the network that {folder} was made from: {in_words(error)}. {remedy}"
+            f"The model does not accept the inputs of the network that {folder} was made from: {in_words(error)}. {remedy}"
         ) from error
     if apart > TOLERANCE:
         raise SchemeMismatch(

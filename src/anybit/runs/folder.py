@@ -1,4 +1,4 @@
-"""The run folder: a fresh draft, moved into place whole."""
+"""The run folder: a fresh draft, moved into place atomically."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ FORMAT_VERSION = 1
 
 
 def free_checkpoint(folder: Path, overwrite: bool, first: bool = True) -> Path:
-    """Return the path of the checkpoint of a training in `folder`, once that is free; with `overwrite` the `first` process begins anew."""
+    """Return the path of a training's checkpoint in `folder`, once that is free; with `overwrite` the `first` process starts again."""
     check_free(folder, overwrite, unfinished=True)
     if overwrite and first:
         (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -26,7 +26,7 @@ def new_folder(
 ) -> Iterator[Path]:
     """Yield a fresh folder to write into, moved to `path` when the block succeeds and removed when it fails.
 
-    `check` raises where `path` is taken; without one, `check_free`.
+    `check` raises if `path` is taken; the default is `check_free`.
     """
     from safetensors import SafetensorError
 
@@ -37,16 +37,16 @@ def new_folder(
             draft = folder / "new"
             draft.mkdir()
             yield draft
-            check(path, overwrite)  # another run may have taken the place meanwhile
+            check(path, overwrite)  # another run may have taken the path meanwhile
             _open_as_others(draft)
             _put_in_place(draft, path, folder / OLD)
     except (OSError, SafetensorError) as error:
-        remedy = remedy or "Make room, or choose another --output; what was finished is kept, and the same command continues."
+        remedy = remedy or "Make room, or choose another --output; finished results are kept, and the same command continues."
         raise AnybitError(f"{path} cannot be written: {error}. Nothing is left there. {remedy}") from error
 
 
 def _open_as_others(folder: Path) -> None:
-    """Give the files in a folder the default permissions: those of tensors are readable only by their owner."""
+    """Give the files in a folder the default permissions, since safetensors makes its files readable only by their owner."""
     example = folder.with_name("example")
     example.touch()
     for file in folder.rglob("*"):
@@ -55,7 +55,7 @@ def _open_as_others(folder: Path) -> None:
 
 
 def _put_in_place(draft: Path, path: Path, old: Path) -> None:
-    """Move the draft to `path`; an old run goes only once the new one stands in its place, and comes back where it does not."""
+    """Move the draft to `path`; an old run is removed only once the new one is in its place, and restored otherwise."""
     try:
         if path.exists():
             path.rename(old)
@@ -75,7 +75,7 @@ def is_run(path: Path) -> bool:
 
 
 def _is_left_draft(path: Path) -> bool:
-    """Return whether a killed process left `path`, or another is writing it: the draft of a file of a run."""
+    """Return whether a killed process left `path`, or another is writing it: a draft of a run's file."""
     return path.is_dir() and any(is_draft(path.name, name) for name in RUN_FILES)
 
 
@@ -91,7 +91,7 @@ def check_folder(path: Path) -> None:
     if not path.is_dir():
         raise InvalidFile(f"{path} is a file. Name the folder of a run.")
     if not any((path / name).is_file() for name in (SCHEME, SUPERNET_JSON, REPORT)) and not runs_in(path):
-        raise InvalidFile(f"{path} is no run folder: it has neither {SCHEME} nor {SUPERNET_JSON}.")
+        raise InvalidFile(f"{path} is not a run folder: it has neither {SCHEME} nor {SUPERNET_JSON}.")
 
 
 def check_one(path: Path) -> None:
@@ -102,7 +102,7 @@ def check_one(path: Path) -> None:
 
 
 def check_run(path: Path) -> None:
-    """Raise InvalidFile where `path` holds not one run."""
+    """Raise InvalidFile unless `path` holds exactly one run."""
     check_one(path)
     if not (path / SCHEME).is_file() and (path / SUPERNET).is_file():
         raise InvalidFile(
@@ -111,16 +111,16 @@ def check_run(path: Path) -> None:
 
 
 def check_supernet(path: Path) -> None:
-    """Raise InvalidFile where `path` holds no supernet."""
+    """Raise InvalidFile if `path` holds no supernet."""
     check_folder(path)
     if not (path / SUPERNET_JSON).is_file():
-        raise InvalidFile(f"{path} is a run, not a supernet: it has no {SUPERNET_JSON}. Make one with anybit train.")
+        raise InvalidFile(f"{path} is a run, not a supernet: it has no {SUPERNET_JSON}. Train one with anybit train.")
 
 
 def check_free(path: Path, overwrite: bool = False, unfinished: bool = False) -> None:
-    """Raise InvalidSetting where `path` is taken: by a run, unless it may be overwritten, or by anything else, always.
+    """Raise InvalidSetting if `path` is taken: by a run that may not be overwritten, or by anything else.
 
-    A training that was interrupted has left its checkpoint alone there: free for the one that continues it (`unfinished`).
+    An interrupted training leaves only its checkpoint there, which is free for the training that continues it (`unfinished`).
     """
     check_place(path, "--output")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -128,8 +128,8 @@ def check_free(path: Path, overwrite: bool = False, unfinished: bool = False) ->
     if path.is_dir() and all(item.name in (CHECKPOINT, DRAFT_OF_CHECKPOINT) or _is_left_draft(item) for item in path.iterdir()):
         if unfinished or overwrite:
             return
-        raise InvalidSetting(f"{path} holds an unfinished training. Continue it with the verb that began it, or give --overwrite.")
+        raise InvalidSetting(f"{path} holds an unfinished training. Continue it with the same verb, or give --overwrite.")
     if not is_run(path):
-        raise InvalidSetting(f"{path} exists and is no run folder of anybit, or holds files besides. Choose another --output.")
+        raise InvalidSetting(f"{path} exists and is not a run folder of anybit, or holds other files. Choose another --output.")
     if not overwrite:
         raise InvalidSetting(f"{path} holds a finished run. Choose another --output, or give --overwrite.")

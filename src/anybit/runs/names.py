@@ -1,4 +1,4 @@
-"""Names of the files in a run folder, in a supernet's, and in a training that was interrupted."""
+"""Names of the files in a run folder, in a supernet's folder, and in that of an interrupted training."""
 
 SCHEME = "scheme.json"
 MODEL = "model.safetensors"

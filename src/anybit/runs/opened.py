@@ -1,4 +1,4 @@
-"""Open a run, a folder or a result in memory: its network and its inputs."""
+"""Open a run, as a folder or a result in memory: its network and its inputs."""
 
 import copy
 import re
@@ -23,7 +23,7 @@ from anybit.sources.preprocessing import Preprocessing
 
 
 class Unsaved(Protocol):
-    """A result in memory, which is no folder yet: the canonical form, and what its scheme.json will say of where it came from."""
+    """A result in memory, not yet a folder: the canonical form, and the provenance for its scheme.json."""
 
     canonical: Canonical
     about: dict[str, Any]
@@ -33,34 +33,35 @@ Run = str | Path | Unsaved
 
 
 def followed_reference(folder: Path, file: SchemeFile, model: nn.Module | str | None) -> dict[str, Any]:
-    """Return the reference to record for a result's model: one that was followed, or a trusted one; never a foreign one."""
+    """Return the model reference to record for a result: one that was used, or a trusted one; never a foreign one."""
     if isinstance(model, str):
         return {"reference": absolute(model), "weights": file.model.get("weights")}
     return file.model if model is None or is_trusted(folder) else {}
 
 
 def recorded_data(run: Run, file: SchemeFile) -> str:
-    """Return the reference to the data of a run: of this process, or of this user's own."""
+    """Return the reference to a run's data, from this process or from this user's own run."""
     reference, folder = file.data.get("reference"), Path(run) if isinstance(run, str | Path) else None
     if not isinstance(reference, str) or not (folder is None or is_trusted(folder)):
-        raise InvalidSetting(f"{folder or 'The result'} does not name data that may be followed. Give inputs of the network with --data.")
+        raise InvalidSetting(f"{folder or 'The result'} does not name data that anybit may load. Give inputs of the network with --data.")
     return reference
 
 
 @public
 def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
-    """Load the saved model, ready to run on preprocessed inputs, its bits in `.scheme`; outputs are bitwise those that were saved.
+    """Return the saved model, ready to run on preprocessed inputs, with its bits in `.scheme`; outputs are bitwise those that were saved.
 
     `model` is the float network's architecture (a network or a reference). It may be left out for a run that this user's own anybit
-    wrote, and for timm:, torchvision: and hf: references; a reference in any other folder is code from elsewhere and is not followed.
+    wrote, and for timm:, torchvision: and hf: references; a reference in any other folder is foreign code and is not loaded. Raises
+    InvalidFile if the folder is damaged, SchemeMismatch if the model is another.
     """
     canonical, _ = opened(folder, model)
-    canonical.model.scheme = canonical.scheme  # type: ignore[assignment]  # the stubs know modules and tensors as attributes, no other values
+    canonical.model.scheme = canonical.scheme  # type: ignore[assignment]  # the stubs allow only modules and tensors as attributes
     return canonical.model
 
 
 def opened(run: Run, model: nn.Module | str | None = None) -> tuple[Canonical, SchemeFile]:
-    """Open a run: its canonical form and its scheme file; `model` as for `load`, and of no use to a result in memory, which has its own."""
+    """Return a run's canonical form and its scheme file; `model` as for `load`, ignored for a result in memory, which has its own."""
     if isinstance(run, str | Path):
         folder = Path(run)
         file = read_scheme(folder)
@@ -72,13 +73,13 @@ def opened(run: Run, model: nn.Module | str | None = None) -> tuple[Canonical, S
 
 
 def inputs_for(run: Run, file: SchemeFile, model: nn.Module, data: Any = None, workers: int = 0) -> Samples:
-    """Return samples for a run and its `model`: `data`, preprocessed as the run's own, or the data that the run used."""
+    """Return samples for a run and its `model`: `data`, preprocessed as in the run, or the run's own data."""
     reference = recorded_data(run, file) if data is None else data
     return samples_from(reference, workers, Preprocessing.from_json(file.preprocessing), model)
 
 
 def first_of(inputs: Samples, count: int | None) -> Samples:
-    """Return the first `count` samples, all if None. Raise InvalidInput if there are none."""
+    """Return the first `count` samples (None: all). Raises InvalidInput if there are none."""
     if count is not None and count < 1:
         raise InvalidSetting(f"--samples {count} must be at least 1.")
     if len(inputs) == 0:
@@ -87,7 +88,7 @@ def first_of(inputs: Samples, count: int | None) -> Samples:
 
 
 def float_model_of(folder: Path, file: Any, model: nn.Module | str | None, named_in: str = "scheme.json") -> nn.Module:
-    """Return the float network of a folder: `model`, or the reference that `file`, read from `named_in`, holds."""
+    """Return the float network of a folder: `model`, or the reference in `file`, read from `named_in`."""
     if isinstance(model, nn.Module):
         model = adapted_network(model)
         check_network(model)
@@ -96,7 +97,7 @@ def float_model_of(folder: Path, file: Any, model: nn.Module | str | None, named
         return load_model(model, file.model.get("weights"), file.task)
     reference = file.model.get("reference")
     if not isinstance(reference, str):
-        raise InvalidSetting(f"{folder} does not say which network it is of. Give it with --model.")
+        raise InvalidSetting(f"{folder} does not name its network. Give it with --model.")
     if not is_trusted(folder, named_in) and not re.fullmatch(r"hf:.+|(timm|torchvision):[\w.]+", reference):
         raise InvalidSetting(
             f"{folder} was not written by your own anybit, and its model reference {reference!r} is code. "

@@ -21,11 +21,11 @@ Words = Annotated[str, Field(max_length=1000)]
 """Text that is shown in a table."""
 BudgetText = Annotated[Words, AfterValidator(lambda text: Budget.parse(text) and text)]
 ROWS = 1000
-"""Most rows of what is shown whole in a table."""
+"""Most rows of data that a table shows completely."""
 
 
 class Part(BaseModel):
-    """An object of a report: known fields are of their type and finite, others are not looked at."""
+    """An object of a report: known fields have their type and are finite, others are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -43,7 +43,7 @@ class Costed(Part):
         return {key: value for key, value in data.items() if key in known} if isinstance(data, dict) else data
 
     def amount(self, key: str) -> float | None:
-        """Return the amount of a cost, where it is there."""
+        """Return the amount of a cost, or None."""
         return getattr(self, key, None)
 
 
@@ -62,7 +62,7 @@ class LayerRow(Part):
 
 
 class Scored(Part):
-    """The scores that held-out inputs with labels may have."""
+    """The scores of held-out inputs with labels."""
 
     metric: float | None = None
     top1: float | None = None
@@ -72,7 +72,7 @@ class Scored(Part):
 
 
 class SchemeRow(Amounts, Scored):
-    """A scheme that was measured on held-out inputs before one was chosen."""
+    """A scheme that was measured on held-out inputs before the choice."""
 
     name: Words
     scheme: dict[str, Bits]
@@ -88,7 +88,7 @@ class LadderRow(Scored):
 
 
 class UnitErrors(Part):
-    """Errors of a unit of AdaQuant, or of a layer alone, on held-out inputs and on fitted ones, and the step that was kept."""
+    """Errors of a unit, or of a single layer, on held-out inputs and on fitting ones, and the step that was kept."""
 
     before: float
     after: float
@@ -98,7 +98,7 @@ class UnitErrors(Part):
 
 
 Errors = Annotated[UnitErrors | None, BeforeValidator(lambda errors: None if errors == {} else errors)]
-"""Empty where there was nothing to fit."""
+"""Empty if there was nothing to fit."""
 
 
 class Stage(Part):
@@ -108,7 +108,7 @@ class Stage(Part):
 
 
 def counted(rows: Sequence[Scored]) -> str | None:
-    """Return the first of the scores that any of `rows` has."""
+    """Return the first score that any of `rows` has."""
     return next((score for score in SCORES if any(getattr(row, score) is not None for row in rows)), None)
 
 
@@ -128,7 +128,7 @@ class Table(Part):
 
     @cached_property
     def frontier(self) -> Frontier:
-        """The best schemes over the bytes that layers take; the floor and the fixed bytes are in none of its numbers."""
+        """Return the best schemes over the bytes of layers, without the floor and the fixed bytes."""
         return self.frontier_over(lambda name, precision: self.layers[name][precision].bytes)
 
     def frontier_over(self, cost: Callable[[str, Precision], float]) -> Frontier:
@@ -143,8 +143,8 @@ class Table(Part):
         return self.fixed_bytes + sum(cell.bytes for cell in cells), self.floor + math.fsum(cell.loss for cell in cells)
 
     def uniforms(self) -> dict[str, dict[str, Precision]]:
-        """Return every uniform scheme: a layer that cannot have both bits has those of its weights or input, or the precision it is kept
-        at."""
+        """Return every uniform scheme: a layer that cannot have both bits has those of its weights or input, or the precision at which it
+        is kept."""
         precisions = dict.fromkeys(p for row in self.layers.values() if len(row) > 1 for p in row)
         whole = [p for p in precisions if p.weight_bits is not None and p.activation_bits is not None] or list(precisions)
         return {f"uniform {p}": {name: _nearest(p, list(row)) for name, row in self.layers.items()} for p in whole}
@@ -156,7 +156,7 @@ def _nearest(precision: Precision, options: Sequence[Precision]) -> Precision:
 
 
 class Certificate(Part):
-    """The proof of a solver: the value that it reached and the least possible one; and the name of the scheme that was `chosen`."""
+    """The solver's proof: the value that it reached and the lower bound; and the name of the `chosen` scheme."""
 
     solver: str | None = None
     objective: str | None = None
@@ -197,7 +197,7 @@ class FoundFor(Amounts):
 
 
 class SearchRecord(Part):
-    """The result of a search, as its report has it."""
+    """The result of a search, as in its report."""
 
     score: str
     quantity: str
@@ -208,14 +208,14 @@ class SearchRecord(Part):
 
 
 class SearchFile(SearchRecord):
-    """search.json: every evaluated subnet too, and the hash of the supernet that all of it is of."""
+    """search.json: also every evaluated subnet, and the hash of the supernet to which they belong."""
 
     evaluated: list[EvaluatedRecord]
     sha256: str
 
 
 class Record(Part):
-    """One run's report, of any road. `test` is of the run's network, or of each uniform subnet of a supernet."""
+    """One run's report, of any road. `test` belongs to the run's network, or to each uniform subnet of a supernet."""
 
     version: Annotated[int, Field(ge=1, le=1)]
     road: str = "calibrate"
@@ -249,19 +249,19 @@ class Record(Part):
         named: list[tuple[str, Collection[str]]] = [] if self.table is None else [("table", tables)]
         for what, names in [*named, *((row.name, row.scheme) for row in self.schemes)]:
             if set(names) != set(self.layers):
-                raise ValueError(f"{what} is not of the layers that the report lists: {min(set(names) ^ set(self.layers))!r}")
+                raise ValueError(f"{what} does not belong to the layers that the report lists: {min(set(names) ^ set(self.layers))!r}")
         for name in tables:
             if self.layers[name].precision not in tables[name]:
-                raise ValueError(f"table has no {self.layers[name].precision} of {name!r}, which the layers list")
+                raise ValueError(f"table has no {self.layers[name].precision} for {name!r}, which the layers list")
         return self
 
     @model_validator(mode="after")
     def _all_that_a_run_is_shown_by(self) -> "Record":
         lacking = {"budget", "float_bytes", "layers", "stages"} - self.model_fields_set
         if self.result is not None and lacking:
-            raise ValueError(f"{', '.join(sorted(lacking))} lacking beside the result")
+            raise ValueError(f"{', '.join(sorted(lacking))} missing beside the result")
         if self.result is None and self.schemes:
-            raise ValueError("the result is lacking beside the schemes")
+            raise ValueError("the result is missing beside the schemes")
         if self.schemes and self.chosen is None:
             raise ValueError("none of the schemes is chosen")
         if (self.schemes or self.ladder) and self.final_loss is None:
@@ -274,7 +274,7 @@ class Record(Part):
 
     @property
     def final_loss(self) -> float | None:
-        """On held-out inputs, after the last step that was kept."""
+        """Return the held-out loss after the last kept step."""
         return next((row.loss for row in reversed(self.ladder) if row.kept), None)
 
     def final_score(self, score: str) -> float | None:
@@ -288,11 +288,11 @@ class Record(Part):
         return None if isinstance(value, dict) else value
 
     def score_tested(self) -> str | None:
-        """Return the first of the scores that test data gave, or "loss"."""
+        """Return the first of the scores on test data, or "loss"."""
         return next((s for s in (*SCORES, "loss") if any(self.tested(s, of) is not None for of in (None, *self.subnets))), None)
 
 
 def record_of(report: Mapping[str, Any], where: str = "The report") -> Record:
-    """Read `report` as a record. Raise InvalidFile naming the field that is wrong."""
+    """Return `report` as a record. Raises InvalidFile naming the faulty field."""
     check_version(report, where, 1)
     return validated(Record, report, where)

@@ -12,11 +12,11 @@ from anybit.runs.names import SUPERNET as SUPERNET
 from anybit.runs.records import Record, SearchFile, record_of
 
 TIMES = ("stages", "latency", "budgets")
-"""Fields that no digest of a report guards: no two runs take as long. (Of several budgets each has its own.)"""
+"""Fields that the report's digest does not cover: durations differ between runs. (Of several budgets each has its own.)"""
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write report.json, bound to the tensors that are in the folder already."""
+    """Write report.json, bound to the tensors in the folder."""
     tensors = _tensors_in(folder)
     record = {**report} if tensors is None else {**report, "sha256": sha256_of(tensors)}
     if "budgets" in record:
@@ -25,7 +25,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """Read report.json strictly: as it was written, and for the tensors that are in the folder."""
+    """Read report.json strictly: unchanged, and for the tensors in the folder."""
     path, again = folder / REPORT, "Run again."
     report = read_sealed(path, FORMAT_VERSION, again, TIMES)
     several = validated(dict[str, dict[str, Any]], report.get("budgets", {}), f"{path}: budgets")
@@ -45,18 +45,18 @@ def _tensors_in(folder: Path) -> Path | None:
 
 
 def read_record(folder: Path) -> Record:
-    """Read the report of one run folder, with all that its search evaluated if it is a search's."""
+    """Read the report of one run folder, for a search with all its evaluations."""
     record = record_of(read_report(folder), str(folder / REPORT))
     if not (record.result or record.search or record.subnets):
-        raise InvalidFile(f"{folder / REPORT} is no report of a run: it has neither a result nor subnets.")
+        raise InvalidFile(f"{folder / REPORT} is not the report of a run: it has neither a result nor subnets.")
     whole = record.search is not None and (folder / SEARCH).is_file()
     return record.model_copy(update={"search": read_search(folder)}) if whole else record
 
 
 def read_search(folder: Path) -> SearchFile:
-    """Read search.json strictly, and only if it is of the supernet beside it."""
+    """Read search.json strictly, and check that it belongs to the supernet beside it."""
     path, again = folder / SEARCH, "Search again."
     search = validated(SearchFile, read_sealed(path, FORMAT_VERSION, again), str(path))
     if search.sha256 != sha256_of(folder / SUPERNET):
-        raise InvalidFile(f"{path} is not of the {SUPERNET} beside it. {again}")
+        raise InvalidFile(f"{path} does not belong to the {SUPERNET} beside it. {again}")
     return search

@@ -35,9 +35,9 @@ from anybit.sources.preprocessing import Preprocessing
 
 
 class LayerRecord(BaseModel):
-    """One layer of scheme.json: its precision and its weight's shape as rows x columns (0 x 0 of a matmul).
+    """One layer of scheme.json: its precision and its weight's shape as rows x columns (0 x 0 for a matmul).
 
-    With a scale for each group of inputs, the rows are the groups: their columns do not reach across the layer's inputs.
+    With a scale per group of inputs, the rows are the groups, with fewer columns than the layer has inputs.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -57,7 +57,7 @@ class SchemeFile(BaseModel):
     edges: list[str] = []
     functions: Rewrite | None = None
     rounded: list[str] | None = None
-    """Those of the edges that the network rounds; None in runs of before it rounded any."""
+    """The edges that the network rounds; None in old runs that rounded none."""
     budget: str | None = None
     certificate: dict[str, Any] = {}
     model: dict[str, str | None] = {}
@@ -65,7 +65,7 @@ class SchemeFile(BaseModel):
     preprocessing: dict[str, Any] = {}
     task: TaskName = "classification"
     outputs: dict[str, Annotated[float, Field(gt=0)]] | None = None
-    """The outputs that the run compared, name or number -> weight; None where none were chosen."""
+    """The outputs that the run compared, name or index -> weight; None if none were chosen."""
     sha256: str
     fingerprint: str | None = None
 
@@ -74,12 +74,12 @@ class SchemeFile(BaseModel):
         return Scheme.parse({name: record.precision for name, record in self.layers.items()})
 
     def to_json(self, include: set[str] | None = None) -> dict[str, Any]:
-        """Return the file's content, without `functions` where no function was rewritten, and what else nothing is said of."""
+        """Return the file's content, without `functions` if none was rewritten, and without other empty fields."""
         absent = {name for name in ("functions", "rounded", "outputs") if getattr(self, name) is None}
         return self.model_dump(include=include, exclude=absent)
 
     def digest(self) -> str:
-        """Return the SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
+        """Return the SHA-256 of the fields that give the tensors their meaning; their origin may be edited."""
         meaning = self.to_json(include={"layers", "folded", "edges", "rounded", "functions", "preprocessing", "task", "outputs"})
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
@@ -114,7 +114,7 @@ def packed_tensors(canonical: Canonical) -> dict[str, Tensor]:
 
 
 def check_not_converted(canonical: Canonical) -> None:
-    """Raise InvalidSetting where the model has been converted to another type since it was made: its scales were float32 then."""
+    """Raise InvalidSetting if the model was converted to another type since it was created with float32 scales."""
     for name, layer in quantized_layers(canonical.model).items():
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             types = {tensor.dtype for tensor in quantizer.buffers()} if quantizer is not None else set()
@@ -125,7 +125,7 @@ def check_not_converted(canonical: Canonical) -> None:
 def write_canonical(folder: Path, canonical: Canonical, provenance: Mapping[str, Any]) -> None:
     """Write scheme.json and model.safetensors into `folder`; `provenance` fills SchemeFile's budget, certificate, model, ...
 
-    Raise InvalidSetting where the model has been converted since it was made.
+    Raises InvalidSetting if the model was converted since it was created.
     """
     check_not_converted(canonical)
     layers = quantized_layers(canonical.model)
@@ -149,7 +149,7 @@ def write_canonical(folder: Path, canonical: Canonical, provenance: Mapping[str,
 
 
 def read_scheme(folder: Path) -> SchemeFile:
-    """Read scheme.json strictly, and only if model.safetensors is the one it was written with and was written for it."""
+    """Read scheme.json strictly, and check that it and model.safetensors belong together."""
     path = folder / "scheme.json"
     if not path.is_file():
         check_run(folder)
@@ -169,13 +169,13 @@ def read_scheme(folder: Path) -> SchemeFile:
     if stored_digest(weights, "scheme") != file.digest():
         raise InvalidFile(
             f"{folder / 'scheme.json'} is not the one that {weights.name} was written for: a layer, fold, edge, the preprocessing, "
-            "the task or the outputs have been edited. Restore it or run again."
+            "the task or the outputs were edited. Restore it or run again."
         )
     return file
 
 
 def stored_digest(path: Path, of: str) -> str | None:
-    """Return the digest in a file of tensors of what gives them their meaning."""
+    """Return the digest, stored in a tensors' file, of the fields that give its tensors their meaning."""
     return read_header(path)[1].get(of)
 
 
@@ -242,7 +242,7 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
 
 
 def check_edges(edges: Mapping[str, tuple[float, float]], where: Path | str) -> None:
-    """Raise InvalidFile naming the first edge whose stored ends are not finite, or in the wrong order."""
+    """Raise InvalidFile naming the first edge whose stored range is not finite, or in the wrong order."""
     for name, (low, high) in edges.items():
         if not -math.inf < low <= high < math.inf:
             raise InvalidFile(f"{where}: edge {name} reaches from {low:g} to {high:g}. Restore the file or run again.")
@@ -262,34 +262,34 @@ def _groups(model: nn.Module, file: SchemeFile) -> dict[str, int]:
 
 
 def check_folded(file: Any, float_model: nn.Module, name: str) -> None:
-    """Raise InvalidFile unless each pair that `file` (called `name`) folds is a layer and a batch norm of as many channels, named once."""
+    """Raise InvalidFile unless each pair that `file` (called `name`) folds is a layer and a batch norm with equal channels, named once."""
     if len(set(file.folded.values())) < len(file.folded) or len(set(file.edges)) < len(file.edges):
         raise InvalidFile(f"{name} names a batch norm or an edge twice.")
     if unknown := set(getattr(file, "rounded", None) or ()) - set(file.edges):
-        raise InvalidFile(f"{name} rounds {min(unknown)}, which is none of its edges.")
+        raise InvalidFile(f"{name} rounds {min(unknown)}, which is not one of its edges.")
     for layer, norm in file.folded.items():
         module = float_model.get_submodule(norm)
         rows = file.layers[layer].rows if layer in file.layers else None
         if not (is_norm(module) and keeps_statistics(module)) or len(running_statistics(module)[0]) != rows:
-            raise InvalidFile(f"{name} folds {norm} into {layer}, but that is no batch norm of the layer's {rows} channels.")
+            raise InvalidFile(f"{name} folds {norm} into {layer}, but that is not a batch norm of the layer's {rows} channels.")
 
 
 def with_functions(model: nn.Module, rewrite: Rewrite | None, layers: Mapping[str, Any], name: str) -> nn.Module:
-    """Return `model` with the layers that a file (called `name`) lets compute its functions.
+    """Return `model` with the layers that, according to a file (called `name`), compute its functions.
 
-    Raise InvalidFile unless every layer that is added is one of the file's `layers`, of their rows and columns.
+    Raises InvalidFile unless every added layer is one of the file's `layers`, with their rows and columns.
     """
     if rewrite is None:
         return model
     for added, layer in rewrite.layers.items():
         record = layers.get(added)
         if record is None or record.rows * record.columns != layer.weights:
-            raise InvalidFile(f"{name} adds {added}, which is none of its layers, or of another size. Restore the file or run again.")
+            raise InvalidFile(f"{name} adds {added}, which is not one of its layers, or has another size. Restore the file or run again.")
     return rewritten_as(model, rewrite)
 
 
 def checked_scale(scale: Tensor, where: str) -> Tensor:
-    """Return `scale`. Raise InvalidFile unless it is above zero and its multiples by 8-bit codes are finite."""
+    """Return `scale`. Raises InvalidFile unless it is positive and its multiples by 8-bit codes are finite."""
     if not (torch.isfinite(scale * 255).all() and (scale > 0).all()):
         raise InvalidFile(f"{where}: a stored scale is not a positive finite number. Restore the file or run again.")
     return scale

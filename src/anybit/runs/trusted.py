@@ -1,4 +1,4 @@
-"""Runs that this user's own anybit wrote, whose model references may be followed."""
+"""Runs that this user's own anybit wrote, whose model references may be loaded."""
 
 import fcntl
 import json
@@ -14,20 +14,20 @@ from anybit.files.whole import write_whole
 
 
 def _trusted_runs() -> Path | None:
-    """Return the file of the list; None where the user has no home."""
+    """Return the file of the list; None if the user has no home."""
     home = own_folder("XDG_STATE_HOME", ".local/state")
     return None if home is None else home / "runs.json"
 
 
 def trust(folder: Path, file: str = "scheme.json") -> None:
-    """List the run as one of this user's own, by the hash of the file that names its model, so that its reference may be followed.
+    """List the run as one of this user's own, by the hash of the file that names its model, so that its reference may be loaded.
 
-    The run is written by then: a list that cannot be written is worth a warning, not the run.
+    The run is already written: a list that cannot be written causes a warning, not an error.
     """
     listing = _trusted_runs()
     if listing is None:
         warnings.warn(
-            f"{folder} is not listed as your own run (you have no home folder, and XDG_STATE_HOME names no other): name its model when you "
+            f"{folder} is not listed as your own run (you have no home folder, and XDG_STATE_HOME is not set): name its model when you "
             "load it.",
             stacklevel=2,
         )
@@ -41,13 +41,13 @@ def trust(folder: Path, file: str = "scheme.json") -> None:
                 write_whole(listing, json.dumps([*known, digest], indent=1).encode())
     except (OSError, InvalidFile) as error:
         warnings.warn(
-            f"{folder} is not listed as your own run ({error}): name its model when you load it, or mend {listing}.", stacklevel=2
+            f"{folder} is not listed as your own run ({error}): name its model when you load it, or repair {listing}.", stacklevel=2
         )
 
 
 @contextmanager
 def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Wait until no other process is in here; a file system without locks lets all in."""
+    """Wait until no other process is inside; without file locks, all enter."""
     with open(lock, "w") as file:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -55,7 +55,7 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
 
 
 def is_trusted(folder: Path, file: str = "scheme.json") -> bool:
-    """Return whether this user's own run wrote the folder's scheme file (or another that names its model) as it stands."""
+    """Return whether this user's own run wrote the folder's current scheme file (or another that names its model)."""
     listing = _trusted_runs()
     return listing is not None and sha256_of(folder / file) in _known_runs(listing)
 
@@ -66,5 +66,5 @@ def _known_runs(listing: Path) -> list[str]:
         return []
     known = read_json(listing)
     if not isinstance(known, list) or not all(isinstance(digest, str) for digest in known):
-        raise InvalidFile(f"{listing} is no list of hashes. Remove it; your runs are then loaded with --model, as a stranger's are.")
+        raise InvalidFile(f"{listing} is not a list of hashes. Remove it; your runs then need --model, as foreign ones do.")
     return known

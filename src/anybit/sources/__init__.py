@@ -1,1 +1,1 @@
-"""References to networks and data, followed. Imports networks and below."""
+"""Networks and data from their references. Imports networks and below."""

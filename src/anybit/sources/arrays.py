@@ -1,4 +1,4 @@
-"""Arrays: those of a `.npz` or `.npy` file, or at hand, checked and turned into samples."""
+"""Arrays from a `.npz` or `.npy` file, or from memory, checked and turned into samples."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ from anybit.sources.preprocessing import Preprocessing
 
 LABELS = ("y", "labels", "label")
 KINDS = {"U": "text", "S": "bytes", "M": "dates", "m": "durations", "V": "records of several fields", "O": "Python objects"}
-"""Of arrays that are no numbers, by numpy's letter."""
+"""Array types that are not numbers, by numpy's letter."""
 
 
 def read_samples(path: Path, subset: str, preprocessing: Preprocessing, workers: int, model: nn.Module | None) -> Samples:
-    """Read (x, y) of a .npy or .npz file; x is one array, or several by the names of the network's inputs."""
+    """Read (x, y) of a .npy or .npz file; x is one array, or several under the names of the network's inputs."""
     if not path.is_file():
         raise InvalidInput(f"There is no file {path}.")
     taken = names_of_inputs(model)
@@ -38,7 +38,7 @@ def read_samples(path: Path, subset: str, preprocessing: Preprocessing, workers:
         also = f", nor one of the network's inputs ({', '.join(taken)})" if taken else ""
         part = f"_{subset}" if subset else ""
         there = next((name.removeprefix("x_") for name in names if name.startswith("x_") and name != f"x{part}"), None)
-        named = f"Call the inputs x and the labels y, those of {path.name}#test x_test and y_test."
+        named = f"Name the inputs x and the labels y; for {path.name}#test, x_test and y_test."
         remedy = named if there is None else f"Write {path.name}#{there} for x_{there}."
         raise InvalidInput(f"{path} has no array x{part}{also}; it holds {', '.join(names)}. {remedy}")
     return samples_of_arrays(arrays, y, workers, preprocessing, f"{path}: ")
@@ -47,9 +47,9 @@ def read_samples(path: Path, subset: str, preprocessing: Preprocessing, workers:
 def samples_of_arrays(
     arrays: Mapping[str, np.ndarray], y: np.ndarray | None, workers: int, preprocessing: Preprocessing = Preprocessing(), where: str = ""
 ) -> Samples:
-    """Return samples of one array `x`, or of several by the names of the network's inputs, with labels or None.
+    """Return samples of one array `x`, or of several under the names of the network's inputs, with labels or None.
 
-    Raise InvalidInput, beginning with `where`, for what is no numbers, has no samples' dimension, or differs in length.
+    Raises InvalidInput, beginning with `where`, for arrays that are not numbers, have no samples' dimension, or differ in length.
     """
     arrays = {name: _numbers(array, name, where) for name, array in arrays.items()}
     y = None if y is None else _labels(_numbers(y, "y", where), where)
@@ -61,7 +61,7 @@ def samples_of_arrays(
     alone = set(arrays) == {"x"}
     if not alone:
         return Samples(NamedArrays(arrays, y, mean, std), y is not None, workers)
-    pixels = arrays["x"].dtype == np.uint8 or mean is not None  # others may be normalized already
+    pixels = arrays["x"].dtype == np.uint8 or mean is not None  # others may already be normalized
     return Samples(ArrayDataset(arrays["x"], y, mean, std), y is not None, workers, black=preprocessing.black if pixels else None)
 
 
@@ -74,13 +74,13 @@ def array_of(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
 
 
 def _numbers(array: np.ndarray, name: str, where: str) -> np.ndarray:
-    """Return the array in this machine's byte order, in a type that PyTorch has. Raise InvalidInput for one of no numbers."""
+    """Return the array in this machine's byte order, in a type that PyTorch supports. Raises InvalidInput if it holds no numbers."""
     if array.dtype.kind in KINDS:
         cure = "numpy.unique(y, return_inverse=True)[1] numbers them" if name == "y" else "Turn them into numbers first"
         raise InvalidInput(f"{where}{name} holds {KINDS[array.dtype.kind]} ({array.dtype}), not numbers. {cure}.")
     if not array.ndim:
         raise InvalidInput(f"{where}{name} is a single number, not an array with a first dimension of samples. Give [N, ...].")
-    if array.dtype.kind in "fc" and array.dtype.itemsize > (8 if array.dtype.kind == "f" else 16):  # longer than a double
+    if array.dtype.kind in "fc" and array.dtype.itemsize > (8 if array.dtype.kind == "f" else 16):  # wider than a double
         array = array.astype(np.float64 if array.dtype.kind == "f" else np.complex128)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
@@ -90,7 +90,7 @@ def _labels(y: np.ndarray, where: str) -> np.ndarray:
     if y.dtype.kind in "fc" and not np.isfinite(y).all():
         raise InvalidInput(f"{where}y holds NaN or infinity ({int((~np.isfinite(y)).sum())} numbers). Leave such samples out.")
     if y.dtype.kind == "u" and y.dtype.itemsize == 8 and y.size and y.max() >= 2**63:
-        raise InvalidInput(f"{where}y holds {y.max()}, which 64 bits with a sign do not. Number the classes from 0.")
+        raise InvalidInput(f"{where}y holds {y.max()}, which exceeds signed 64 bits. Number the classes from 0.")
     if y.ndim == 2 and y.shape[1] == 1:
         return y[:, 0]
     if y.ndim == 2 and len(y) and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
@@ -99,7 +99,7 @@ def _labels(y: np.ndarray, where: str) -> np.ndarray:
 
 
 def _keys(stored: Sequence[str], subset: str, taken: Sequence[str]) -> dict[str, str]:
-    """Return name -> key of the arrays of a subset that are read: x, or what the network takes by its name, and labels."""
+    """Return name -> key of the arrays of a subset to read: x, or the network's inputs by name, and labels."""
     for suffix in [f"_{subset}"] if subset else ["", "_train"]:
         keys = {key.removesuffix(suffix): key for key in stored if key.endswith(suffix)}
         inputs = [name for name in taken if name in keys] or [name for name in ("x",) if name in keys]
@@ -111,7 +111,7 @@ def _keys(stored: Sequence[str], subset: str, taken: Sequence[str]) -> dict[str,
 
 
 def names_of_inputs(model: nn.Module | None) -> list[str]:
-    """Return the names of what the network's forward takes, labels left out."""
+    """Return the names of the forward's inputs, without labels."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = {} if model is None else inspect.signature(model.forward).parameters
     return [name for name, one in parameters.items() if one.kind in kinds and name not in LABELS]

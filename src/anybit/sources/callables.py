@@ -16,7 +16,7 @@ from anybit.sources.references import split_subset
 
 
 def absolute(reference: str) -> str:
-    """Make paths of scripts, arrays and folders absolute, so that the reference can be followed from another working folder."""
+    """Make paths of scripts, arrays and folders absolute, so that the reference works from any working folder."""
     place, separator, name = reference.rpartition(":")
     if place.endswith(".py"):
         return f"{Path(place).resolve()}{separator}{name}"
@@ -32,7 +32,7 @@ def call_user_function(function: Callable, what: str) -> Any:
         return function()
     except AnybitError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = " ".join(str(error).split())
         raise InvalidSetting(f"{what} failed with {type(error).__name__}: {said}. It is called without arguments.") from error
 
@@ -48,7 +48,7 @@ def load_callable(reference: str, option: str) -> Callable:
         raise InvalidSetting(f"{option} {reference}: {error}. Is the package installed and the name right?") from error
     except AnybitError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidSetting(
             f"{option} {reference}: running {place} failed with {type(error).__name__}: {error}. Repair the script."
         ) from error
@@ -65,9 +65,9 @@ def _import_file(path: Path, option: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickled workers look their module up
+    sys.modules[name] = module  # dataclasses and pickled workers look up their module
     sys.path.insert(0, str(path.parent.resolve()))
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # as a script that is run, it leaves nothing beside itself
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # like a script that is run, it leaves no bytecode behind
     try:
         spec.loader.exec_module(module)
     finally:
@@ -77,24 +77,24 @@ def _import_file(path: Path, option: str) -> ModuleType:
 
 
 def import_optional(module: str, package: str, what: str) -> Any:
-    """Import a package that is one of anybit's extras; `what` needs it.
+    """Import a package that belongs to one of anybit's extras; `what` needs it.
 
-    Raise MissingPackage with the command that installs it, or that replaces a build which does not fit the others.
+    Raises MissingPackage with the command that installs it, or that replaces an incompatible build.
     """
     try:
         return importlib.import_module(module)
-    except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another build of torch
+    except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError with an incompatible build of torch
         why = in_words(error).rstrip(".")
         lacking = _lacking(error)
         if lacking == module.partition(".")[0]:
             raise MissingPackage(f"{what} needs {package}, which is not installed: run `pip install {package}`.") from error
         if lacking is not None:
             raise MissingPackage(f"{what} needs {package}, which needs {lacking} ({why}): run `pip install {lacking}`.") from error
-        raise MissingPackage(f"{what} needs {package}, which is installed and does not import ({why}). {_cure(package)}") from error
+        raise MissingPackage(f"{what} needs {package}, which is installed but cannot be imported ({why}). {_cure(package)}") from error
 
 
 def _lacking(error: Exception) -> str | None:
-    """Return the package that is not installed, where that is the error."""
+    """Return the name of the missing package if that caused the error, else None."""
     top = (getattr(error, "name", None) or "").partition(".")[0]
     return top if isinstance(error, ModuleNotFoundError) and top and importlib.util.find_spec(top) is None else None
 
@@ -106,9 +106,9 @@ def _cure(package: str) -> str:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     if package not in ("timm", "torchvision") or len(versions) < 2:
-        return f"Install it anew: run `pip install --force-reinstall {package}`."
+        return f"Reinstall it: run `pip install --force-reinstall {package}`."
     there = " and ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"Builds of torch and torchvision go in pairs, and these are {there}: run `pip install --force-reinstall torch torchvision`, with "
-        "the --index-url that torch is from where that was one of its own."
+        f"Builds of torch and torchvision must match, but these are {there}: run `pip install --force-reinstall torch torchvision`, with "
+        "the --index-url of your torch if it came from a special index."
     )

@@ -1,4 +1,4 @@
-"""The references of `--data`, or data at hand, turned into samples."""
+"""Samples from the references of `--data`, or from data in memory."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, default_collate
 
-from anybit.data.batches import Batch, tensors_in
+from anybit.data.batches import Batch, evaluating, predict, tensors_in
 from anybit.data.options import TEXT_SUFFIXES, parse_columns
-from anybit.data.outputs import output_reader
-from anybit.data.samples import NamedArrays, Samples
+from anybit.data.outputs import OutputReader, output_reader
+from anybit.data.reading import elements_of, item_of, length_of
+from anybit.data.samples import NamedArrays, Samples, are_class_numbers
 from anybit.data.texts import read_rows
 from anybit.errors import InvalidInput, InvalidSetting, naming
 from anybit.networks.copies import copied
@@ -28,7 +29,10 @@ from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import check_data, split_subset
 
 BYTES = 2**31
-"""Most bytes that are held of an iterable whose length is not known; more are refused."""
+"""Most bytes held of an iterable of unknown length; more are an error."""
+
+FIRST_LABELS = 8
+"""Samples whose labels show whether they are class numbers."""
 
 
 def load_data(
@@ -38,12 +42,12 @@ def load_data(
     model: nn.Module | None = None,
     most: int | None = None,
 ) -> Samples:
-    """Load the samples that `reference` names: an image folder, `file.npy`, `file.npz` or `file.npz#test`, texts, or a function returning a
-    data set or loader. Texts are tokenized by the tokenizer of `model`, and arrays may have the names of its inputs."""
+    """Return the samples that `reference` names: an image folder, `file.npy`, `file.npz` or `file.npz#test`, texts, or a function that
+    returns a data set or loader. Texts are tokenized by the tokenizer of `model`, and arrays may have the names of its inputs."""
     path, subset = split_subset(reference)
     if path.endswith((".npz", ".npy")) and not Path(path).is_dir():
         if preprocessing.size or preprocessing.resize:
-            raise InvalidSetting("--size and --resize apply to image folders; pictures in arrays are used as they are.")
+            raise InvalidSetting("--size and --resize apply to image folders; images in arrays are used unchanged.")
         return _read_by(model, read_samples(Path(path), subset, preprocessing, workers, model))
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing)
@@ -54,14 +58,15 @@ def load_data(
         with naming("--data"):
             check_data(reference)
     dataset = call_user_function(load_callable(reference, "--data"), f"--data {reference}")
-    return as_samples(dataset, workers, model, most)
+    with naming(f"{reference}:"):
+        return replace(as_samples(dataset, workers, model, most), name=reference)
 
 
 def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn.Module | None) -> Samples:
-    """Load the samples of a file of texts or of a Hugging Face data set."""
+    """Return the samples of a text file or of a Hugging Face data set."""
     if not is_transformers(model):
         raise InvalidSetting(
-            f"--data {reference} holds texts, which the tokenizer of a Hugging Face model reads: give --model hf:FOLDER. For another "
+            f"--data {reference} holds texts, which need the tokenizer of a Hugging Face model: give --model hf:FOLDER. For another "
             "network give a function that returns a data set of tokens."
         )
     place, subset = split_subset(reference)
@@ -82,20 +87,21 @@ def _read_by(model: nn.Module | None, samples: Samples) -> Samples:
 
 
 def as_samples(data: Any, workers: int = 0, model: nn.Module | None = None, most: int | None = None) -> Samples:
-    """Turn data at hand into samples: Samples, a DataLoader, a data set, a list of samples or of batches, an iterable of either, a tensor
-    or array, or (x, y). What of an item the network takes is decided by the forward of `model`.
+    """Turn data in memory into samples: Samples, a DataLoader, a data set, a list of samples or of batches, an iterable of either, a tensor
+    or array, or (x, y). The forward of `model` determines which parts of an item are inputs.
 
-    Outputs are read as the head of `model` asks for, where it is a Hugging Face model. Of a DataLoader, its data set, its collate_fn and
-    how it loads are taken; which samples, in what order, how many at once is drawn here. Of what can only be iterated, the first `most`
-    samples are held, all where it is None.
+    If `model` is a Hugging Face model, its head determines how outputs are read. A DataLoader provides its data set, its collate_fn and its
+    way of loading; samples, order and batch size are chosen here. Of an iterable, the first `most` samples are held (None: all). Raises
+    InvalidInput if the data is empty or of an unsupported kind.
     """
-    if isinstance(data, Sequence) and len(data) and isinstance(data[0], str):
-        raise InvalidInput("Texts as they are cannot be used: write them to a file (--data texts.tsv), or give tokens.")
+    if isinstance(data, (list, tuple)) and len(data) and isinstance(data[0], str):
+        raise InvalidInput("Plain texts cannot be used: write them to a file (--data texts.tsv), or give tokens.")
     return _read_by(model, _as_samples(data, workers, model, most))
 
 
 def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | None) -> Samples:
     if isinstance(data, Samples):
+        length_of(data.dataset, data.name)
         return data
     if isinstance(data, DataLoader):
         return _samples_of_loader(data, workers, model, most)
@@ -108,10 +114,10 @@ def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | No
         kind = dict if isinstance(data, Mapping) else tuple
         return _samples_of_arrays({str(name): array_of(array) for name, array in columns.items()}, kind, workers, model)
     if _is_indexed(data):
-        if len(data) == 0:
+        if length_of(data) == 0:
             raise InvalidInput("The data set is empty.")
-        if isinstance(data, Sequence) and _holds_batches(data[:2], model):
-            return samples_of_items(rows_of(data), workers, model)
+        if isinstance(data, Sequence) and _holds_batches([item_of(data, index) for index in range(min(2, len(data)))], model):
+            return samples_of_items(rows_of(elements_of(data)), workers, model)
         return samples_of_items(data, workers, model)
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
         return _samples_of_iterable(data, workers, model, most)
@@ -123,13 +129,13 @@ def _is_array(data: Any) -> bool:
 
 
 def _is_indexed(data: Any) -> bool:
-    """Return whether the data is a list, or a data set that is read by index."""
+    """Return whether the data is a list, or a data set read by index."""
     indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     return indexed and not isinstance(data, (str, bytes, Mapping, IterableDataset))
 
 
 def _samples_of_arrays(columns: dict[str, np.ndarray], kind: type, workers: int, model: nn.Module | None) -> Samples:
-    """Return samples of arrays whose rows are items, each a tuple or a dictionary: (x, y), (x1, x2) of a network of two inputs, ..."""
+    """Return samples of arrays whose rows form items, tuples or dictionaries: (x, y), (x1, x2) of a network with two inputs, ..."""
     whole = samples_of_arrays(columns, None, workers, where="The data: ").dataset
     arrays = whole.arrays if isinstance(whole, NamedArrays) else {"x": whole}
     items, form = read_items(_Rows(arrays, kind), workers, model)
@@ -144,7 +150,7 @@ def _samples_of_arrays(columns: dict[str, np.ndarray], kind: type, workers: int,
 
 
 class _Rows(Sequence):
-    """Arrays of one length as items, each a tuple or a dictionary."""
+    """Arrays of one length as items, tuples or dictionaries."""
 
     def __init__(self, arrays: Mapping[str, Any], kind: type):
         self.arrays, self.kind = arrays, kind
@@ -158,7 +164,7 @@ class _Rows(Sequence):
 
 
 def _holds_batches(elements: Sequence, model: nn.Module | None) -> bool:
-    """Return whether the network runs on these elements of a list as batches, not as samples. Raise InvalidInput where it does on both."""
+    """Return whether the network runs on these elements of a list as batches, not as samples. Raises InvalidInput if it runs on both."""
     if model is None or not all(map(is_batch, elements)):
         return False
     answers, network = [], copied(model).cpu()
@@ -169,16 +175,16 @@ def _holds_batches(elements: Sequence, model: nn.Module | None) -> bool:
             answers.append(False)
     if all(answers):
         raise InvalidInput(
-            "Elements of the data run as samples and as batches of samples. Say which: anybit.Samples(data, labelled=False) where each is "
-            "a sample (True where the last of its tensors is the label), torch.utils.data.DataLoader(data, batch_size=None) where each is "
+            "Elements of the data run both as samples and as batches. Say which: anybit.Samples(data, labelled=False) if each is "
+            "a sample (True if the last of its tensors is the label), torch.utils.data.DataLoader(data, batch_size=None) if each is "
             "a batch."
         )
     return answers[1]
 
 
 def _samples_of_iterable(data: Iterable, workers: int, model: nn.Module | None, most: int | None) -> Samples:
-    """Return samples of what can only be iterated: a stream of samples, or of batches. Raise InvalidInput where it is empty."""
-    iterator = iter(data)
+    """Return samples of an iterable: a stream of samples, or of batches. Raises InvalidInput if it is empty."""
+    iterator = elements_of(data)
     first = list(islice(iterator, 2))
     if not first:
         raise InvalidInput("The data set is empty.")
@@ -187,7 +193,7 @@ def _samples_of_iterable(data: Iterable, workers: int, model: nn.Module | None, 
 
 
 def _held(elements: Iterable[Any], batches: bool, most: int | None) -> list[Any]:
-    """Return samples of what is iterated: the first `most`, all where it is None. Raise InvalidInput where all take more than BYTES."""
+    """Return samples of an iterable: the first `most` (None: all). Raises InvalidInput if all take more than BYTES."""
     held: list[Any] = []
     size = 0
     for element in elements:
@@ -205,14 +211,14 @@ def _held(elements: Iterable[Any], batches: bool, most: int | None) -> list[Any]
 
 def _samples_of_loader(loader: DataLoader, workers: int, model: nn.Module | None, most: int | None) -> Samples:
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        held = _held(loader, True, most)
+        held = _held(elements_of(loader), True, most)
         if not held:
             raise InvalidInput("The data set is empty.")
         return samples_of_items(held, workers, model)
     sampler = loader.sampler
     dataset: Any = Subset(loader.dataset, list(sampler.indices)) if isinstance(sampler, SubsetRandomSampler) else loader.dataset
     loading = {name: getattr(loader, name) for name in ("worker_init_fn", "multiprocessing_context", "timeout")}
-    if len(dataset) == 0:
+    if length_of(dataset) == 0:
         raise InvalidInput("The data set is empty.")
     if loader.collate_fn is default_collate:
         return replace(samples_of_items(dataset, workers or loader.num_workers, model), loading=loading)
@@ -222,7 +228,7 @@ def _samples_of_loader(loader: DataLoader, workers: int, model: nn.Module | None
 def samples_from(
     data: Any, workers: int, preprocessing: Preprocessing = Preprocessing(), model: nn.Module | None = None, most: int | None = None
 ) -> Samples:
-    """Turn a reference, or data at hand, into samples; `most` of what has no length."""
+    """Turn a reference, or data in memory, into samples: the first `most` of an iterable."""
     return load_data(data, preprocessing, workers, model, most) if isinstance(data, str) else as_samples(data, workers, model, most)
 
 
@@ -233,17 +239,36 @@ def first_samples(samples: Samples) -> Batch:
     return next(samples.on("cpu").subset(range(min(2, len(samples)))).batches(2))
 
 
-def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float]) -> Samples:
-    """Return the samples with the reader of the network's outputs that are compared, `outputs` or all, where it gives several.
+OF_CLASSES = (None, "classification", "token-classification", "segmentation")
+"""Tasks whose labels are class numbers, which the first labels may show."""
 
-    Raises InvalidSetting where `outputs` names none, or the samples have the reader of a head.
+
+@torch.no_grad()
+def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> Samples:
+    """Return the samples with labels as whole numbers, if the first are class numbers stored as floats or in a column."""
+    if not samples.labelled or task not in OF_CLASSES or (samples.reader and samples.reader.task not in OF_CLASSES):
+        return samples
+    batch = next(samples.subset(range(min(FIRST_LABELS, len(samples)))).batches(FIRST_LABELS))
+    with evaluating(model):
+        outputs = predict(copied(model), batch)
+    outputs = samples.reader.split(outputs)[0] if isinstance(samples.reader, OutputReader) else outputs
+    if batch.labels is None or not are_class_numbers(batch.labels, outputs, task is not None):
+        return samples
+    if batch.labels.is_floating_point() and task is None:
+        tell("note", note="labels are whole numbers stored as floats, one for each row of outputs: they are read as class numbers")
+    return replace(samples, classes=True)
+
+
+def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float], task: str | None = None) -> Samples:
+    """Return the samples with a reader of the outputs to compare, `outputs` or all, if the network has several, and with class numbers as
+    `with_class_numbers` reads them.
+
+    Raises InvalidSetting if `outputs` names an unknown one, or the samples have the reader of a head.
     """
     if samples.reader is not None:
         if outputs:
-            raise InvalidSetting(
-                f"--outputs: what is compared of this network is known, as its head is for {samples.reader.task}. Leave it."
-            )
-        return samples
+            raise InvalidSetting(f"--outputs: this network's head for {samples.reader.task} already determines the outputs. Leave it out.")
+        return with_class_numbers(model, samples, task)
     batches = [next(samples.subset(range(count)).batches(count)) for count in (2, 3) if count <= len(samples)] or [first_samples(samples)]
     reader, others = output_reader(copied(model), batches, outputs)
     if reader is not None and len(reader.outputs) > 1:
@@ -251,4 +276,4 @@ def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float]) -
         tell("note", note=f"outputs compared, each by its squared error over its mean square: {shown}. --outputs chooses and weighs them")
     if others:
         tell("note", note="outputs not compared: " + ", ".join(f"{name} ({why})" for name, why in others.items()))
-    return replace(samples, reader=reader)
+    return with_class_numbers(model, replace(samples, reader=reader), task)

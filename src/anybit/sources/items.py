@@ -1,6 +1,6 @@
-"""Items of a data set: which of their parts the network takes, and which is the label.
+"""Items of a data set: which of their parts are the network's inputs, and which is the label.
 
-The signature of the forward decides. Where two readings fit it, both are tried on the first samples; where both run, the user is asked.
+The signature of the forward decides. If two readings fit it, both are tried on the first samples; if both run, the user is asked.
 """
 
 import inspect
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.data.batches import call, evaluating, first_tensor, stacked
+from anybit.data.reading import item_of, name_of, reading
 from anybit.data.samples import Samples
 from anybit.errors import InvalidInput, some
 from anybit.networks.copies import copied
@@ -22,20 +23,20 @@ from anybit.progress import tell
 from anybit.sources.models import is_transformers
 
 LABELS = ("labels", "label", "y", "target", "targets")
-"""Names of labels, as keys of items and as parameters of a forward that computes a loss from them."""
+"""Names of labels, as keys of items and as parameters of a forward that computes a loss."""
 Key = int | str
 
 
 @dataclass(frozen=True)
 class Form:
-    """Split an item, or a batch that a loader's own collate_fn has made, into inputs and label.
+    """Split an item, or a batch from a loader's own collate_fn, into inputs and label.
 
-    inputs  positions or keys of what the network takes; None where the item itself is the input
-    label   position or key of the label; None where there is none
-    named   whether a dictionary's entries go by their names, or (False) one by one
-    whole   whether the dictionary goes to the forward as one argument
+    inputs  positions or keys of the inputs; None if the item itself is the input
+    label   position or key of the label, or None
+    named   whether a dictionary's entries are passed by name, or (False) one by one
+    whole   whether the dictionary is passed to the forward as one argument
     inner   the form of a dictionary that is the only input of a tuple
-    note    what is said of it
+    note    message for the user
     """
 
     inputs: tuple[Key, ...] | None = None
@@ -46,14 +47,14 @@ class Form:
     note: str = field(default="", compare=False)
 
     def __call__(self, item: Any) -> tuple[Any, Any]:
-        """Return (inputs, label or None). Raise InvalidInput where the item lacks a part that others have."""
+        """Return (inputs, label or None). Raises InvalidInput if the item lacks a part that others have."""
         try:
             return self._split(item)
-        except (IndexError, KeyError) as error:
+        except (IndexError, KeyError, TypeError) as error:
             kind = type(item).__name__
             held = ", ".join(map(str, item)) if isinstance(item, Mapping) else len(item) if isinstance(item, (tuple, list)) else 1
             raise InvalidInput(
-                f"An item of the data, a {kind} of {held}, has other parts than the first item. Give all the same."
+                f"An item of the data, a {kind} of {held}, has other parts than the first item. Give all items the same parts."
             ) from error
 
     def _split(self, item: Any) -> tuple[Any, Any]:
@@ -77,7 +78,7 @@ def _value(part: Any) -> Any:
 
 
 def samples_of_items(dataset: Any, workers: int, model: nn.Module | None, collate: Callable[[list], Any] = stacked) -> Samples:
-    """Return samples of a data set of items, read as the forward of `model` takes them, and tell what is left out of them."""
+    """Return samples of a data set of items, read according to the forward of `model`, and report unused parts."""
     samples, form = read_items(dataset, workers, model, collate)
     if form.note:
         tell("note", note=form.note)
@@ -85,8 +86,11 @@ def samples_of_items(dataset: Any, workers: int, model: nn.Module | None, collat
 
 
 def read_items(dataset: Any, workers: int, model: nn.Module | None, collate: Callable[[list], Any] = stacked) -> tuple[Samples, Form]:
-    """Return (samples of a data set of items, how an item is read). Raise InvalidInput where that is not clear."""
-    first = dataset[0] if collate is stacked else collate([dataset[0]])
+    """Return (samples of a data set of items, the form of an item). Raises InvalidInput if that is ambiguous."""
+    first = item_of(dataset, 0)
+    if collate is not stacked:
+        with reading(f"The collate_fn of {name_of(dataset)}", "Repair it."):
+            first = collate([first])
     tries = _Tries(Samples(dataset, False, workers, collate=collate), model)
     form = _form_of(first, tries)
     return replace(tries.samples, labelled=form.label is not None, split=form), form
@@ -104,7 +108,7 @@ def runs(samples: Samples, network: nn.Module) -> bool:
 
 
 class _Tries:
-    """Says whether the network runs on its first samples, read in one form or another."""
+    """Tries whether the network runs on its first samples, read in one form or another."""
 
     def __init__(self, samples: Samples, model: nn.Module | None):
         self.samples, self.model = samples, model
@@ -124,7 +128,7 @@ def _as_label(part: Any) -> Any:
 
 @dataclass(frozen=True)
 class Signature:
-    """Describe the arguments of a forward: in order, those that need a value, and whether it takes more, by position and by name."""
+    """The arguments of a forward: in order, those that need a value, and whether it takes more, by position or by name."""
 
     name: str
     parameters: Mapping[str, inspect.Parameter]
@@ -137,7 +141,7 @@ class Signature:
     def of(cls, model: nn.Module) -> "Signature":
         try:
             parameters = inspect.signature(model.forward).parameters
-        except (TypeError, ValueError):  # a callable that does not say
+        except (TypeError, ValueError):  # a callable without a signature
             return cls(type(model).__name__, {}, (), (), True, True)
         kinds = {name: one.kind for name, one in parameters.items()}
         by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -152,7 +156,7 @@ class Signature:
         )
 
     def fits(self, count: int) -> bool:
-        """Return whether it takes so many tensors by position."""
+        """Return whether it accepts this many tensors by position."""
         if count < len([name for name in self.required if name in self.positional]):
             return False
         return all(map(self._takes_tensor, self.positional[:count])) and (self.more or count <= len(self.positional))
@@ -175,12 +179,12 @@ def _form_of(item: Any, tries: _Tries) -> Form:
 
 
 def _form_of_tuple(item: Sequence, tries: _Tries) -> Form:
-    """Decide which elements are inputs. What is no number, such as a path or a detector's targets, is neither input nor label."""
+    """Decide which elements are inputs. Anything but numbers, such as a path or a detector's targets, is neither input nor label."""
     if not item:
         raise InvalidInput("Items of the data are empty tuples. Give an input, or (input, label).")
-    places = [place for place, part in enumerate(item) if place == 0 or _is_data(part)]
+    places = [place for place, part in enumerate(item) if _is_data(part) or (place == 0 and isinstance(part, Mapping))] or [0]
     if len(places) > 1 and not _is_label(item[places[-1]]) and tries.takes and not tries.takes.fits(len(places)):
-        places.pop()  # several tensors that are no input of this forward, such as boxes and their classes
+        places.pop()  # several tensors that are not inputs of this forward, such as boxes and their classes
     dropped = [f"{place} ({type(part).__name__})" for place, part in enumerate(item) if place not in places]
     note = f"elements {some(dropped)} of the data's items are neither inputs nor labels" if dropped else ""
     last = places[-1] if len(places) > 1 and _is_label(item[places[-1]]) else None
@@ -197,8 +201,8 @@ def _form_of_tuple(item: Sequence, tries: _Tries) -> Form:
     if len(fitting) == 2:
         place = "".join(tries.takes.positional[len(places) - 1 :][:1]) or "an input"
         raise InvalidInput(
-            f"Items of the data hold {len(places)} tensors, and {tries.takes} runs with the last as {place} and without it. Say which: "
-            f"anybit.Samples(data, labelled=False) where it is {place}, anybit.Samples(data, labelled=True) where it is the label."
+            f"Items of the data hold {len(places)} tensors, and {tries.takes} runs both with the last as {place} and without it. Say "
+            f"which: anybit.Samples(data, labelled=False) if it is {place}, anybit.Samples(data, labelled=True) if it is the label."
         )
     return fitting[0] if fitting else labelled
 
@@ -217,7 +221,7 @@ class _Firsts(Sequence):
 
 
 def _form_of_dictionary(item: Mapping, tries: _Tries) -> Form:
-    """Decide which entries the forward takes by their names; without such, the dictionary itself, or the one entry that it runs on."""
+    """Decide which entries the forward takes by name; if none, the dictionary itself, or the only entry on which it runs."""
     takes = tries.takes
     required = takes.required if takes else ()
     label = next((key for key in LABELS if key in item and key not in required and _is_label(item[key])), None)
@@ -240,8 +244,8 @@ def _form_of_dictionary(item: Mapping, tries: _Tries) -> Form:
     if len(running) > 1:
         ways = " or ".join("the dictionary itself" if form.whole else f"{form.inputs[0]!r} alone" for form in running if form.inputs)
         raise InvalidInput(
-            f"Items of the data are dictionaries, and {takes} runs on {ways}. Say which: give the tensor as {takes.positional[0]!r}, as "
-            "the forward calls it, or items that are the tensor alone."
+            f"Items of the data are dictionaries, and {takes} runs on {ways}. Say which: name the tensor {takes.positional[0]!r}, as "
+            "the forward does, or give items that are the tensor alone."
         )
     return _noted(item, running[0])
 
@@ -249,7 +253,7 @@ def _form_of_dictionary(item: Mapping, tries: _Tries) -> Form:
 def _of_other_names(item: Mapping, takes: Signature) -> str:
     return (
         f"Items of the data are dictionaries of {some([str(key) for key in item])}, which {takes} does not take. Name the entries as the "
-        "forward calls its arguments, or give items as tuples in its order."
+        "forward names its arguments, or give items as tuples in its order."
     )
 
 
@@ -257,11 +261,11 @@ def _noted(item: Mapping, form: Form) -> Form:
     """Note a dictionary's entries that are not used."""
     left = [str(key) for key in item if key != form.label and key not in (form.inputs or ())]
     taken = some([str(key) for key in form.inputs or ()])
-    return replace(form, note=f"entries {some(left)} of the data's items are not used: the forward gets {taken}") if left else form
+    return replace(form, note=f"entries {some(left)} of the data's items are not used: the forward receives {taken}") if left else form
 
 
 def _is_data(part: Any) -> bool:
-    """Return whether a part of an item is numbers, or tuples and lists of such."""
+    """Return whether a part of an item is numbers, or tuples and lists of numbers."""
     if isinstance(part, (Tensor, bool, int, float)):
         return True
     if isinstance(part, (np.ndarray, np.generic)):
@@ -275,12 +279,14 @@ def _is_label(part: Any) -> bool:
 
 
 def rows_of(batches: Iterable[Any]) -> list[Any]:
-    """Take batches apart into their samples. Raise InvalidInput where the tensors of one differ in their first dimension."""
+    """Split batches into their samples. Raises InvalidInput if the tensors of one differ in their first dimension."""
     rows: list[Any] = []
     for batch in batches:
         counts = _counts(batch)
         if len(set(counts)) != 1:
-            raise InvalidInput(f"A batch of the data has tensors of {some([str(one) for one in counts])} samples. Give as many of each.")
+            raise InvalidInput(
+                f"A batch of the data has tensors of {some([str(one) for one in counts])} samples. Give all the same number."
+            )
         rows += [_row(batch, index, counts[0]) for index in range(counts[0])]
     return rows
 

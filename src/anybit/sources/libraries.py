@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision by their names there: with the weights that the library fetches, with none, or with random ones."""
+"""Networks of timm and torchvision by their names there, with published weights, none, or random ones."""
 
 import importlib
 import inspect
@@ -24,14 +24,14 @@ from anybit.sources.callables import import_optional
 from anybit.sources.references import RANDOM, near
 
 PATIENCE = 10.0
-"""Seconds that a server may take to answer."""
+"""Seconds that a server may take to respond."""
 MEMORY = 60.0
-"""Seconds for which it is remembered whether it answered."""
+"""Seconds for which a server's availability is remembered."""
 
 
 @dataclass(frozen=True)
 class Library:
-    """A library of networks: its function of (name, whether with the weights that it publishes), whether it has a name, and its names."""
+    """A library of networks: a function of (name, whether with published weights), whether it has a name, and its names."""
 
     make: Callable[[str, bool], Any]
     has: Callable[[str], bool]
@@ -39,10 +39,10 @@ class Library:
 
 
 def library_model(library: str, name: str, weights: str | None) -> nn.Module:
-    """Make the network `name` of timm or torchvision, with its published weights where `weights` names none.
+    """Return the network `name` of timm or torchvision, with its published weights unless `weights` are given.
 
-    Raises MissingPackage where the library does not import, and InvalidSetting where it has no such network, or its weights cannot be
-    fetched.
+    Raises MissingPackage if the library cannot be imported, and InvalidSetting if it has no such network, or its weights cannot be
+    downloaded.
     """
     reference = f"--model {library}:{name}"
     source = LIBRARIES[library](reference)
@@ -57,8 +57,8 @@ def library_model(library: str, name: str, weights: str | None) -> nn.Module:
             return source.make(name, True)
     except Exception as error:
         raise InvalidSetting(
-            f"{reference}: its weights cannot be fetched ({in_words(error).rstrip('.')}). Give a file of them with --weights FILE, or draw "
-            f"some for a look at layers, sizes and speed with --weights {RANDOM}."
+            f"{reference}: its weights cannot be downloaded ({in_words(error).rstrip('.')}). Give a file with --weights FILE, or draw "
+            f"random ones to inspect layers, sizes and speed with --weights {RANDOM}."
         ) from error
 
 
@@ -79,19 +79,20 @@ def _torchvision(reference: str) -> Library:
 
 
 def _no_backbone(models: Any, name: str) -> dict[str, None]:
-    """Return the option of detectors and segmenters that keeps them from fetching the weights of a part."""
+    """Return the option of detectors and segmenters that disables downloading the backbone's weights."""
     return {"weights_backbone": None} if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters else {}
 
 
 LIBRARIES = {"timm": _timm, "torchvision": _torchvision}
-"""Name -> the library, imported when asked for."""
+"""Name -> the library, imported when requested."""
 
 
 @torch.no_grad()
 def lively(make: Callable[[], nn.Module], reference: str) -> nn.Module:
-    """Make a network whose weights are drawn by a fixed seed, and say so; what is constant (norms, zeros, scales of layers) is moved.
+    """Return a network with random weights from a fixed seed, and report it; constant tensors (norms, zeros, scales of layers) are
+    perturbed.
 
-    Layers, sizes and speed are those of the trained network; outputs mean nothing.
+    Layers, sizes and speed are those of the trained network; its outputs mean nothing.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -109,21 +110,21 @@ def lively(make: Callable[[], nn.Module], reference: str) -> nn.Module:
 
 
 STATISTICS = ("running_mean", "running_var")
-DRAWN = "weights are drawn at random, so that layers, sizes and speed are right and accuracy means nothing"
+DRAWN = "weights are random, so that layers, sizes and speed are right but accuracy means nothing"
 
 
 def _is_constant(tensor: Tensor) -> bool:
     return bool((tensor == tensor.flatten()[0]).all())
 
 
-# Servers that do not answer
+# Servers that do not respond
 
 
 @contextmanager
 def hurried(place: str | None = None) -> Iterator[None]:
-    """Give up after PATIENCE where a server does not answer, and ask none again and again: what was fetched before is still taken.
+    """Give up after PATIENCE if a server does not respond, and ask none repeatedly; earlier downloads are still used.
 
-    Nobody is asked for a `place` that is a folder.
+    No server is asked for a `place` that is a folder.
     """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(before or PATIENCE)
@@ -137,7 +138,7 @@ def hurried(place: str | None = None) -> Iterator[None]:
 
 @cache
 def _hub_answers(when: int) -> bool:
-    """Return whether the hub that timm and transformers fetch from answers at all, once in MEMORY seconds; True where it is not asked."""
+    """Return whether the hub of timm and transformers responds, tested once in MEMORY seconds; True if it is not asked."""
     constants = _hub_constants()
     if constants is None or constants.HF_HUB_OFFLINE or not re.match("https?://", constants.ENDPOINT):
         return True

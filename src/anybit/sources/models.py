@@ -1,4 +1,4 @@
-"""The references of `--model`, turned into networks."""
+"""Networks from the references of `--model`."""
 
 import importlib
 import sys
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def load_model(reference: str, weights: str | None = None, task: str | None = None) -> nn.Module:
-    """Load the network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given.
+    """Return the network that `reference` names, in evaluation mode, with the state dict of `weights` (.safetensors, .pt, .pth) if given.
 
-    Weights called "random" are drawn, of networks of timm, torchvision and Hugging Face. `task` chooses the head of a Hugging Face model;
-    None takes the one that it was saved with.
+    `weights="random"` draws them, for networks of timm, torchvision and Hugging Face. `task` chooses the head of a Hugging Face model
+    (None: the one with which it was saved).
     """
     with naming("--model"):
         check_model(reference)
@@ -37,7 +37,7 @@ def load_model(reference: str, weights: str | None = None, task: str | None = No
         model = library_model(kind, name, weights)
     elif weights == RANDOM:
         raise InvalidSetting(
-            f"--weights random: {reference} draws its own. Leave --weights out; timm:, torchvision: and hf: networks need it."
+            f"--weights random is for timm:, torchvision: and hf: networks; {reference} builds its own. Leave --weights out."
         )
     else:
         model = call_user_function(load_callable(reference, "--model"), f"--model {reference}")
@@ -50,19 +50,19 @@ def load_model(reference: str, weights: str | None = None, task: str | None = No
 
 
 def huggingface(module: str, what: str) -> Any:
-    """Import a module for Hugging Face models, whose package is optional; `what` needs it."""
+    """Import a module for Hugging Face models, which needs an optional package; `what` names its use in errors."""
     import_optional("transformers", "transformers", what)
     return importlib.import_module(f"anybit.sources.huggingface.{module}")
 
 
 def adapted_network(model: nn.Module) -> nn.Module:
-    """Unwrap the network and make its weights plain, on copies; return one of transformers' as an adapted copy, whose attention anybit
-    covers."""
+    """Unwrap the network and make its weights plain, on copies; a network of transformers becomes an adapted copy, with attention that
+    anybit covers."""
     return plain_weights(_covered_form(model))
 
 
 def _covered_form(model: nn.Module) -> nn.Module:
-    """Do the same, and leave the weights as a file of them has them."""
+    """Do the same, but leave the weights as a weight file has them."""
     model = unwrapped(model)
     if not is_transformers(model) or "scores" in {name.rpartition(".")[2] for name, _ in model.named_modules()}:
         return model
@@ -76,14 +76,14 @@ def is_transformers(model: Any) -> "TypeGuard[PreTrainedModel]":
 
 
 def with_model_defaults(preprocessing: Preprocessing, model: nn.Module) -> Preprocessing:
-    """Return the preprocessing; if none was given, the one that a Hugging Face model's own files state for pictures."""
+    """Return the preprocessing or, if none was given, the image preprocessing in a Hugging Face model's own files."""
     if preprocessing != Preprocessing(classes=preprocessing.classes) or not is_transformers(model):
         return preprocessing
     return Preprocessing(**huggingface("models", "the model").picture_settings(model), classes=preprocessing.classes)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict strictly; raises SchemeMismatch naming the first keys that differ. Nothing in the file is executed."""
+    """Load a state dict strictly. Raises SchemeMismatch naming the first keys that differ. Nothing in the file is executed."""
     with naming("--weights"):
         check_file(path)
     try:
@@ -100,26 +100,26 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise InvalidFile(f"Weights file {path} holds a {type(state).__name__}, not a state dict of tensors.")
     own = model.state_dict()
-    # Counters of batches seen play no part in a trained network, and some files leave them out.
+    # Batch counters do not matter in a trained network, and some files omit them.
     lacking = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     surplus = [key for key in state if key not in own]
     shapes = [key for key in state if key in own and tuple(state[key].shape) != tuple(own[key].shape)]
     if lacking or surplus or shapes:
         parts = [
             f"{what} {', '.join(key[:200] for key in keys[:3])}"
-            for what, keys in (("lack", lacking), ("have besides", surplus), ("differ in shape at", shapes))
+            for what, keys in (("lack", lacking), ("have additional", surplus), ("differ in shape at", shapes))
             if keys
         ]
         raise SchemeMismatch(f"The weights in {path.name} do not match the model: they {'; '.join(parts)}. Check --model and --weights.")
     try:
         model.load_state_dict(state, strict=False)
-    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse or quantized tensors, or storage that is not there
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse or quantized tensors, or missing storage
         raise InvalidFile(f"Weights file {path} does not fit the model: {in_words(error)}") from error
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError where an archive would unpack to more than its own size."""
-    if not zipfile.is_zipfile(path):  # as torch before 1.6 saved
+    """Raise ValueError if an archive would unpack to more than its own size."""
+    if not zipfile.is_zipfile(path):  # the format of torch before 1.6
         return
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in archive.infolist()):

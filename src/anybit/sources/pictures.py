@@ -18,18 +18,18 @@ from anybit.sources.preprocessing import Preprocessing
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 PIXELS = 2**25
-"""Of a picture whose short side is resized: a few bytes of a file can claim a strip that becomes gigabytes."""
+"""Limit for an image whose short side is resized: a file of a few bytes can claim a strip that becomes gigabytes."""
 
 
 class ImageFolder(Dataset):
-    """Pictures in one folder (unlabelled) or one folder a class, numbered as `class_numbers` does."""
+    """Images in one folder (unlabelled) or one folder per class, numbered by `class_numbers`."""
 
     def __init__(self, root: Path, preprocessing: Preprocessing):
         import_optional("PIL.Image", "pillow", f"The folder of images {root}")
         self.preprocessing = preprocessing
         files = _pictures(root)
         if not files:
-            raise InvalidInput(f"Folder {root} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+            raise InvalidInput(f"Folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
         numbers = class_numbers(_class_folders(root, files), preprocessing.classes, root)
         self.labelled = all(path.parent != root for path in files)
         self.items = [(path, numbers[path.parent.name] if self.labelled else -1) for path in files]
@@ -38,7 +38,7 @@ class ImageFolder(Dataset):
         return len(self.items)
 
     def contents_digest(self) -> str:
-        """Return a SHA-256 over the files, their classes and how they are read."""
+        """Return a SHA-256 over the files, their classes and the preprocessing."""
         return contents_of([digest_of_files([path for path, _ in self.items]), [label for _, label in self.items], self.preprocessing])
 
     def __getitem__(self, index: int):
@@ -52,32 +52,32 @@ def _pictures(root: Path) -> list[Path]:
 
 
 def _class_folders(root: Path, files: Iterable[Path]) -> set[str]:
-    """Return the names of the folders that hold pictures, apart from `root`. Raise InvalidInput where two are called alike."""
+    """Return the names of the folders with images, except `root`. Raises InvalidInput if two have the same name."""
     folders = sorted({path.parent for path in files} - {root})
     names: dict[str, Path] = {}
     for folder in folders:
         if names.setdefault(folder.name, folder) != folder:
             raise InvalidInput(
-                f"{root} holds two folders of pictures of one name, {names[folder.name]} and {folder}. A folder is a class: name the one "
-                "that holds the class folders, or give each class one folder."
+                f"{root} holds two image folders with the same name, {names[folder.name]} and {folder}. A folder is a class: name the one "
+                "that contains the class folders, or give each class one folder."
             )
     return set(names)
 
 
 def class_numbers(names: Collection[str], classes: Collection[str] | None, root: Path) -> dict[str, int]:
-    """Return class folder -> number: its place in `classes`; without them the integer that it is called, or its place in sorted order."""
+    """Return class folder -> number: its index in `classes`; without them, the integer that is its name, or its index in sorted order."""
     if classes is not None:
         known = {name: number for number, name in enumerate(classes)}
         if unknown := sorted(set(names) - set(known)):
             raise InvalidInput(
-                f"{root} has class folders that are none of the classes known ({some(list(known))}): {some(unknown)}. Name all classes in "
+                f"{root} has folders of unknown classes, {some(unknown)}, beside {some(list(known))}. Name all classes in "
                 "the order of their numbers: --classes A,B,C."
             )
         return known
     if all(map(_is_number, names)):
         numbers = {name: int(name) for name in names}
         if len(set(numbers.values())) < len(numbers):
-            raise InvalidInput(f"{root} has class folders of one number ({some(sorted(names))}). Write each number once.")
+            raise InvalidInput(f"{root} has several class folders with the same number ({some(sorted(names))}). Use each number once.")
         return numbers
     return {name: number for number, name in enumerate(sorted(names))}
 
@@ -87,9 +87,9 @@ def _is_number(name: str) -> bool:
 
 
 def common_classes(references: Iterable[Any]) -> tuple[str, ...] | None:
-    """Return the names of the class folders of all these folders of pictures, sorted: one numbering for data and test data alike.
+    """Return the names of the class folders in all these image folders, sorted: one numbering for data and test data.
 
-    None where there are none, or where folders are called by their classes' numbers.
+    None if there are none, or if folders are named by their class numbers.
     """
     roots = [Path(reference) for reference in references if isinstance(reference, str) and Path(reference).is_dir()]
     names = set().union(*(_class_folders(root, _pictures(root)) for root in roots)) if roots else set()
@@ -107,8 +107,8 @@ def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
             picture = _as_8_bits(ImageOps.exif_transpose(file), file.format).convert("RGB")
     except InvalidInput as error:
         raise InvalidInput(f"{path} {error}") from error
-    except Exception as error:  # broken files raise SyntaxError and struct.error too, and too large ones an error of PIL's own
-        raise InvalidInput(f"{path} cannot be read as a picture: {in_words(error)}. Remove or replace it.") from error
+    except Exception as error:  # broken files also raise SyntaxError and struct.error, and too large ones PIL's own error
+        raise InvalidInput(f"{path} cannot be read as an image: {in_words(error)}. Remove or replace it.") from error
     picture = _resized(picture, preprocessing, path)
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
     if preprocessing.mean is not None:
@@ -140,7 +140,7 @@ def _resized(picture: Any, preprocessing: Preprocessing, path: Path) -> Any:
 
 
 def _as_8_bits(picture: Any, file_format: str | None) -> Any:
-    """Scale a picture of one 16-bit or float channel, which Pillow would clip to 0..255, to 8 bits. Floats are from 0 to 1."""
+    """Scale an image with one 16-bit or float channel to 8 bits, which Pillow would clip to 0..255. Floats are from 0 to 1."""
     from PIL import Image
 
     if picture.mode not in ("I", "F") and not picture.mode.startswith("I;"):
@@ -149,12 +149,12 @@ def _as_8_bits(picture: Any, file_format: str | None) -> Any:
     if picture.mode == "F":
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
             raise InvalidInput(
-                f"holds floats from {values.min():g} to {values.max():g}, and those of a picture are from 0 to 1. Scale them, or give "
+                f"holds floats from {values.min():g} to {values.max():g}, but those of an image are from 0 to 1. Scale them, or give "
                 "arrays."
             )
         return Image.fromarray(np.round(values * 255).astype(np.uint8))
-    if picture.mode == "I" and file_format == "TIFF":  # elsewhere this is how Pillow holds 16 bits
+    if picture.mode == "I" and file_format == "TIFF":  # elsewhere, this is how Pillow represents 16 bits
         raise InvalidInput(
-            f"holds 32-bit integers from {values.min()} to {values.max()}, whose white is not known. Save it with 8 or 16 bits."
+            f"holds 32-bit integers from {values.min()} to {values.max()}, whose white level is unknown. Save it with 8 or 16 bits."
         )
     return Image.fromarray(np.round(values / 257).astype(np.uint8))

@@ -16,7 +16,7 @@ CLASSES = Text(lambda text: tuple(text.split(",")), ",".join, "names with commas
 @documented
 @dataclass(frozen=True)
 class Preprocessing(Settings):
-    """Preprocessing of images and texts: set by the user or by the model's own files, recorded in the run, never guessed."""
+    """Preprocessing of images and texts: from the user or the model's own files, recorded in the run, never guessed."""
 
     common: ClassVar[Mapping[str, Any]] = {"panel": "Input", "rare": True}
 
@@ -45,7 +45,7 @@ class Preprocessing(Settings):
 
     @property
     def black(self) -> tuple[float, ...]:
-        """The value of a black pixel after normalization, one number for each channel or for all."""
+        """Return the value of a black pixel after normalization, one number for each channel or for all."""
         mean, std = self.mean or (0.0,), self.std or (1.0,)
         channels = max(len(mean), len(std))
         return tuple(-mean[i % len(mean)] / std[i % len(std)] for i in range(channels))
@@ -59,7 +59,7 @@ class Preprocessing(Settings):
 
 
 def overridden(recorded: Preprocessing, overrides: Preprocessing) -> Preprocessing:
-    """Return the recorded preprocessing with the settings that are not at their default in `overrides`."""
+    """Return the recorded preprocessing with those settings of `overrides` that are not at their default."""
     defaults = Preprocessing()
     values = {field.name: getattr(overrides, field.name) for field in fields(overrides)}
     return replace(recorded, **{name: value for name, value in values.items() if value != getattr(defaults, name)})

@@ -1,6 +1,6 @@
-"""References as they are written, checked before anything is imported or loaded. Imports no torch.
+"""References in text form, checked before anything is imported or loaded. Imports no torch.
 
-Each function raises where what is named is not there, in words that follow the option's name: "--data nowhere.npz is not there."
+Each function raises if the reference names nothing, in words that follow the option's name: "--data nowhere.npz is not there."
 """
 
 import ast
@@ -21,13 +21,13 @@ DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """Return a question after the name that was meant, with a space in front; nothing where none is like it."""
+    """Return a question with the nearest of `names`, after a space; "" if none is similar."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 def near_path(path: Path) -> str:
-    """Return a question after a path that is there and like this one."""
+    """Return a question with an existing path that is similar to this one."""
     beside = sorted(one.name for one in path.parent.iterdir()) if path.parent.is_dir() else []
     question = near(path.name, [name for name in beside if not name.startswith(".")])
     return question.replace("mean ", f"mean {path.parent}/") if question and path.parent != Path() else question
@@ -43,7 +43,7 @@ def check_file(path: str | Path) -> None:
 
 
 def check_weights(path: str | Path) -> None:
-    """Raise InvalidFile where there is no such file, unless the weights are to be drawn."""
+    """Raise InvalidFile if there is no such file, unless the weights are random."""
     if path != RANDOM:
         check_file(path)
 
@@ -55,36 +55,36 @@ def check_there(path: str | Path) -> None:
 
 
 def check_device(device: object) -> None:
-    """Raise InvalidSetting where no device is called so; whether this machine has it, PyTorch knows."""
+    """Raise InvalidSetting for an unknown device name; only PyTorch knows whether this machine has it."""
     kind, separator, index = str(device).partition(":")
     if kind not in DEVICES or (separator and not (index.isascii() and index.isdigit() and len(index) < 4)):
-        raise InvalidSetting(f"{device} is no device. Write {', '.join(DEVICES[:3])} or cuda:1.{near(kind, DEVICES)}")
+        raise InvalidSetting(f"{device} is not a device. Write {', '.join(DEVICES[:3])} or cuda:1.{near(kind, DEVICES)}")
 
 
 def check_package(package: str, reference: str) -> None:
-    """Raise MissingPackage where a package that `reference` needs is not installed."""
+    """Raise MissingPackage if a package that `reference` needs is not installed."""
     if not is_installed(package):
         package = {"PIL": "pillow"}.get(package, package)
         raise MissingPackage(f"{reference} needs {package}, which is not installed: run `pip install {package}`.")
 
 
 def check_packages(what: str, extra: str, *packages: str) -> None:
-    """Raise MissingPackage where one of the packages of an extra, which `what` needs, is not installed."""
+    """Raise MissingPackage if one of the packages of an extra, which `what` needs, is not installed."""
     lacking = next((package for package in packages if not is_installed(package)), None)
     if lacking:
         raise MissingPackage(f"{what} need {lacking}, which is not installed: run `pip install 'anybit[{extra}]'`.")
 
 
 def is_installed(package: str) -> bool:
-    """Return whether a package is there to be imported, without importing it."""
+    """Return whether a package can be imported, without importing it."""
     try:
         return find_spec(package) is not None
-    except (ImportError, ValueError):  # put aside, as tests do
+    except (ImportError, ValueError):  # hidden, as in tests
         return False
 
 
 def check_code(reference: str) -> None:
-    """Raise InvalidSetting where `package.module:function` or `FILE.py:function` names no package, file or function."""
+    """Raise InvalidSetting if `package.module:function` or `FILE.py:function` names a missing package, file or function."""
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name:
         raise InvalidSetting(f"{reference!r} cannot be read. Write package.module:function or path/to/file.py:function.")
@@ -99,10 +99,10 @@ def check_code(reference: str) -> None:
 
 
 def names_in(path: Path) -> list[str]:
-    """List the names that a script defines or imports, read without executing it; empty if they cannot be determined."""
+    """List the names that a script defines or imports, without executing it; empty if they cannot be determined."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # said where it is run
+    except (SyntaxError, ValueError):  # reported when it is run
         return []
     names: list[str] = []
     for node in ast.walk(tree):
@@ -118,7 +118,7 @@ def names_in(path: Path) -> list[str]:
 
 
 def functions_in(path: Path) -> list[str]:
-    """List the functions and classes that a script itself defines, private ones left out."""
+    """List the functions and classes that a script itself defines, except private ones."""
     try:
         nodes = ast.parse(path.read_bytes()).body
     except (SyntaxError, ValueError):
@@ -127,7 +127,7 @@ def functions_in(path: Path) -> list[str]:
 
 
 def check_model(reference: str) -> None:
-    """Raise where `--model` names no network."""
+    """Raise InvalidSetting or InvalidFile if `--model` names no network."""
     kind, separator, name = reference.partition(":")
     if kind in ZOOS and separator:
         check_package(ZOOS[kind], reference)
@@ -140,7 +140,7 @@ def check_model(reference: str) -> None:
 
 
 def _model_meant(reference: str) -> str:
-    """Suggest what a reference without a colon may stand for."""
+    """Return advice on what a reference without a colon may mean."""
     path = Path(reference)
     if path.suffix in (".pt", ".pth", ".safetensors", ".bin", ".ckpt"):
         return "Weights go to --weights; --model names the code that builds the network: FILE.py:function, timm:NAME or torchvision:NAME."
@@ -148,14 +148,14 @@ def _model_meant(reference: str) -> str:
         functions = [f"{reference}:{name}" for name in functions_in(path)] if path.is_file() else []
         return f"Name the function that returns it: {' or '.join(functions[:3]) or f'{reference}:function'}."
     if (path / "config.json").is_file():
-        return f"Write hf:{reference} for a folder of Hugging Face."
+        return f"Write hf:{reference} for a Hugging Face folder."
     if re.fullmatch(r"[\w.-]+", reference) and not path.exists():
         return f"Write torchvision:{reference} or timm:{reference} for a public one, or path/to/file.py:function for your own."
     return "Write package.module:function, path/to/file.py:function, timm:NAME, torchvision:NAME or hf:FOLDER."
 
 
 def split_subset(reference: str) -> tuple[str, str]:
-    """Split `file.npz#test` into ("file.npz", "test"). A path that exists wins: `#` may be a part of a name."""
+    """Split `file.npz#test` into ("file.npz", "test"). An existing path wins, since `#` may be part of a name."""
     marks = [place for place, letter in enumerate(reference) if letter == "#"]
     if not marks or Path(reference).exists():
         return reference, ""
@@ -166,7 +166,7 @@ def split_subset(reference: str) -> tuple[str, str]:
 
 
 def check_data(reference: str) -> None:
-    """Raise where `--data`, `--train` or `--test` names no inputs."""
+    """Raise InvalidInput or InvalidFile if `--data`, `--train` or `--test` names no inputs."""
     path, _ = split_subset(reference)
     place = Path(path)
     if place.is_dir():

@@ -1,4 +1,4 @@
-"""The supernet's folder, written and read strictly."""
+"""The supernet's folder: written, and read strictly."""
 
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ from anybit.supernets.supernet import Supernet
 
 
 def read_supernet_file(folder: Path) -> SupernetFile:
-    """supernet.json, strictly, with what `store` does not know of: subnets, settings, preprocessing and task."""
+    """Read supernet.json strictly, with the fields that `store` does not know: subnets, settings, preprocessing and task."""
     file, path = read_store(folder), folder / SUPERNET_JSON
     choices = {name: layer.choices for name, layer in file.stored().items()}
     try:
@@ -97,7 +97,7 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     known = [KnownSubnet(Scheme.parse(scheme), row, end) for scheme, row, end in zip(file.subnets, rows, ends, strict=True)]
     check_state(model, folder / SUPERNET)
     if not all((gamma > 0).all() for gamma in batchnorm.folded_gammas(method.model, file.folded)):
-        raise InvalidFile(f"{folder / SUPERNET}: a batch norm that folds has a factor of zero or below. Restore it or train again.")
+        raise InvalidFile(f"{folder / SUPERNET}: a batch norm that folds has a factor that is not positive. Restore it or train again.")
     folded, _ = batchnorm.fold(float_model, file.folded)
     costs = CostModel.of(prepare(folded, list(layers), float_layers), list(layers), None, len(file.edges), float_model)
     costs = replace(costs, layers={name: LayerSize(one.rows, one.columns, one.macs, one.operands) for name, one in file.layers.items()})
@@ -114,14 +114,14 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
 
 
 def _blank(layer: StoredLayer, per_channel: bool) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:
-    """Scales and ranges of the right shapes, to be overwritten."""
+    """Return scales and ranges of the right shapes, to be overwritten."""
     scales = {bits: torch.ones(layer.rows if per_channel else 1, 1) for bits in layer.weight_bits if bits}
     shape = () if layer.operands == 1 else (layer.operands,)
     return scales, {bits: (torch.ones(shape), torch.zeros(shape)) for bits in layer.activation_bits if bits}
 
 
 def _expected(layers: Mapping[str, StoredLayer], floats: Sequence[int], subnets: int, statistics: int, edges: int) -> dict[str, TensorSpec]:
-    """Return the shared tensors of the file; those with nothing in them are left out."""
+    """Return the types and shapes of the file's shared tensors; empty ones are left out."""
     shared = layer_specs(layers) | {
         "floats": TensorSpec("F32", (sum(floats),)),
         "statistics": TensorSpec("F32", (subnets * statistics,)),
@@ -131,7 +131,7 @@ def _expected(layers: Mapping[str, StoredLayer], floats: Sequence[int], subnets:
 
 
 def _load(layer: QuantizedLayer, tensors: LayerTensors) -> None:
-    """Put a layer's stored numbers into its blank slots. Raises InvalidFile where a scale is none."""
+    """Load a layer's stored numbers into its blank slots. Raises InvalidFile if a scale is not valid."""
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     if tensors.codes is not None:
         assert tensors.code_scale is not None and isinstance(weights, SwitchableWeight)  # a layer with codes has all three
@@ -147,10 +147,10 @@ def _load(layer: QuantizedLayer, tensors: LayerTensors) -> None:
 
 @public
 def load_supernet(folder: str | Path, model: nn.Module | str | None = None) -> Supernet:
-    """Return the supernet that `train` or `search` saved; `model` as for `load`."""
+    """Return the supernet that `train` or `search` saved in `folder`, with `model` as in `load`. Raises InvalidFile if it is damaged."""
     folder = Path(folder)
     file = read_supernet_file(folder)
     supernet = read_supernet(folder, float_model_of(folder, file, model, SUPERNET_JSON))
-    if not is_trusted(folder, SUPERNET_JSON):  # saving makes it trusted: no foreign reference may be passed on
+    if not is_trusted(folder, SUPERNET_JSON):  # saving marks it as trusted, so no foreign reference may be passed on
         supernet.about |= {"model": {"reference": absolute(model)} if isinstance(model, str) else {}, "data": {}}
     return supernet

@@ -1,4 +1,4 @@
-"""Prepare a supernet: the network with switchable quantizers, its subnets, its stored codes."""
+"""Prepare a supernet: the network with switchable quantizers, its subnets, and its stored codes."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -29,21 +29,21 @@ from anybit.supernets.store import STORE_BITS
 
 
 def held_out_split(samples: Samples, settings: SupernetSettings) -> tuple[Samples, Samples]:
-    """(training samples, samples that the search evaluates on), by the training's seed."""
+    """Return (training samples, samples that the search evaluates on), split by the training's seed."""
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
     count = min(max(1, round(len(samples) * settings.held_out)), len(samples) - 1)
     return samples.subset(order[count:]), samples.subset(order[:count])
 
 
 def bn_batches(samples: Samples, settings: SupernetSettings) -> list[Batch]:
-    """Training inputs for batch-norm statistics, drawn once, augmented as in training; all of them in every process."""
+    """Return training inputs for batch-norm statistics, drawn once, augmented as in training; the same in every process."""
     if len(samples) < 2:
         raise InvalidInput(f"{len(samples)} training input(s) are too few for batch-norm statistics. Give at least 2; hundreds work well.")
     return drawn_batches(samples, settings.train, settings.bn_images)
 
 
 def observe_supernet(model: nn.Module, example: Batch, settings: SupernetSettings) -> ObservedNetwork:
-    """Return the float network observed and folded, each layer with the precisions that it is trained for."""
+    """Return the float network observed and folded, each layer with the precisions to train."""
     pruned = next((pattern for pattern, precision in settings.keep.items() if precision.weight_bits == 0), None)
     if pruned is not None:
         raise InvalidSetting(f"--keep {pruned}=W0: a supernet prunes no layer. Keep it at 2 to 8 bits, or float.")
@@ -51,7 +51,7 @@ def observe_supernet(model: nn.Module, example: Batch, settings: SupernetSetting
 
 
 def make_multiquant(network: ObservedNetwork, batches: Sequence[Batch], settings: SupernetSettings, classes: int | None) -> MultiQuant:
-    """Return the unfolded network with switchable quantizers in its slots, each bit-width in its range of least squared error."""
+    """Return the unfolded network with switchable quantizers in its slots, each bit-width with its range of least squared error."""
     unfolded = copy.deepcopy(network.float_model)
     batchnorm.flip_negative(unfolded, network.norms)
     model = prepare(unfolded, network.names, [name for name, options in network.choices.items() if options[0].weight_bits is None])
@@ -79,20 +79,20 @@ def prepared_multiquant(
 
 
 def bit_widths(options: Sequence[Precision]) -> tuple[list[int], list[int]]:
-    """Bit-widths of a layer's weights and of its input, ascending; without float."""
+    """Return the bit-widths of a layer's weights and of its input, ascending, without float."""
     return sorted({p.weight_bits for p in options if p.weight_bits}), sorted({p.activation_bits for p in options if p.activation_bits})
 
 
 def fill_slots(
     layer: QuantizedLayer, scales: Mapping[int, Tensor], ranges: Mapping[int, tuple[Tensor, Tensor]], settings: MultiQuantSettings
 ) -> None:
-    """Switchable quantizers in a layer's slots, where there are bits to switch."""
+    """Put switchable quantizers into a layer's slots if there are bits to switch."""
     layer.weight_quantizer = SwitchableWeight(scales, settings.step_rates) if scales else None
     layer.input_quantizer = SwitchableInput(ranges, settings.step_rates, settings.offset_rate > 0) if ranges else None
 
 
 def uniform(choices: Mapping[str, Sequence[Precision]], bits: int) -> Scheme:
-    """Every layer at `bits`; kept layers, which have no choice, as they are kept. Raises SchemeMismatch where `bits` was not trained."""
+    """Return every layer at `bits`; kept layers, which have no choice, as they are. Raises SchemeMismatch if `bits` was not trained."""
     chosen = {}
     for name, options in choices.items():
         matching = [p for p in options if p != FLOAT and {p.weight_bits, p.activation_bits} <= {bits, None}]
@@ -104,7 +104,7 @@ def uniform(choices: Mapping[str, Sequence[Precision]], bits: int) -> Scheme:
 
 
 def bit_distance(one: Scheme, other: Scheme, costs: CostModel) -> float:
-    """Return mean difference in bits, of weights and inputs together, over all weights."""
+    """Return the mean difference in bits, of weights and inputs together, over all weights."""
     total = sum(size.weights for size in costs.layers.values())
     return sum(
         costs.layers[name].weights
@@ -121,10 +121,10 @@ def bit_distance(one: Scheme, other: Scheme, costs: CostModel) -> float:
 
 @torch.no_grad()
 def to_store(method: MultiQuant) -> dict[str, tuple[Tensor, Tensor]]:
-    """Round the shared weights to the store's 8 bits, in place; layer -> (int8 codes [rows, columns], step [rows, 1]).
+    """Round the shared weights to the store's 8 bits, in place; returns layer -> (int8 codes [rows, columns], step [rows, 1]).
 
-    The step is the one trained for 8 bits where there is one, and else holds the largest weight of each row. Trained weights gather at the
-    thresholds of low bit-widths: of the two codes around a weight, the nearest is taken unless the other keeps more of its lower codes.
+    The step is the trained one of 8 bits, or else fits the largest weight of each row. Trained weights gather at the thresholds of low
+    bit-widths: of the two codes around a weight, the nearest is taken unless the other preserves more of its lower codes.
     """
     stored = {}
     for name, layer in method.layers.items():
@@ -149,7 +149,7 @@ def to_store(method: MultiQuant) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _changed_codes(weights: SwitchableWeight, rows: Tensor, rounded: Tensor) -> Tensor:
-    """How many of a weight's codes rounding changes, one of fewer bits counting for more than all of more bits, [rows, columns]."""
+    """Count how many of a weight's codes rounding changes, with fewer bits taking precedence over more, [rows, columns]."""
     changed = torch.zeros_like(rows)
     for bits, scale in zip(weights.widths, weights.scales(), strict=True):
         quantizer = UniformQuantizer(bits, True, scale.expand(len(rows), 1))

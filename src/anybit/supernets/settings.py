@@ -13,7 +13,7 @@ from anybit.settings import Settings, Text, documented, option
 
 
 def parse_trained_bits(text: str) -> tuple[int | None, ...]:
-    """Parse bit-widths; float is refused."""
+    """Parse bit-widths. Raises InvalidSetting for float."""
     bits = BITS.parse(text)
     if None in bits:
         raise InvalidSetting("--bits takes only bit-widths: float has no step size to train. Keep layers float with --keep.")
@@ -30,7 +30,7 @@ class SupernetSettings(Settings):
         panel="Budget",
     )  # fmt: skip
     keep: Mapping[str, Precision] = option(
-        dict, "PATTERN=W8A8 or PATTERN=float: fix layers by name.", text=KEEP, repeat=True, panel="Budget"
+        dict, "PATTERN=W8A8 or PATTERN=float: fix the precision of layers by name.", text=KEEP, repeat=True, panel="Budget"
     )
     task: str | None = option(None, "Task of the network (default: from the model).", choices=TASK_NAMES, panel="Input", rare=True)
     outputs: Mapping[str, float] = option(

@@ -9,11 +9,11 @@ from anybit.methods.multiquant import SwitchableNorm
 from anybit.networks.norms import BatchNorm, running_statistics, tracking_norms
 from anybit.scheme import Scheme
 
-# Batch norm
+# Batch norms
 
 
 def active_norms(model: nn.Module) -> list[BatchNorm]:
-    """Return the batch norms that the network at hand computes with, in order of definition."""
+    """Return the batch norms that the current subnet computes with, in order of definition."""
     idle = {
         id(norm) for module in model.modules() if isinstance(module, SwitchableNorm) for norm in module.norms if norm is not module.chosen()
     }
@@ -21,7 +21,7 @@ def active_norms(model: nn.Module) -> list[BatchNorm]:
 
 
 def statistics_of(model: nn.Module) -> Tensor:
-    """Means and variances of all active batch norms, one after another, [numbers]."""
+    """Return means and variances of all active batch norms, one after another, [numbers]."""
     parts = [part for norm in active_norms(model) for part in running_statistics(norm)]
     return torch.cat(parts).clone() if parts else torch.zeros(0)
 
@@ -38,7 +38,7 @@ def set_statistics(model: nn.Module, statistics: Tensor) -> None:
 
 @dataclass(frozen=True)
 class KnownSubnet:
-    """A subnet with stored batch-norm statistics and edge ranges: statistics [numbers], edges [edges, 2]."""
+    """A subnet with stored batch-norm statistics [numbers] and edge ranges [edges, 2]."""
 
     scheme: Scheme
     statistics: Tensor

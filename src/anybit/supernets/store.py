@@ -1,18 +1,18 @@
-"""The supernet's one file: weights once, at 8 bits, from which the codes of every lower bit-width follow. numpy only.
+"""The supernet's one file: weights stored once, at 8 bits, from which the codes of every lower bit-width follow. numpy only.
 
-    codes at b bits = clamp(round(codes at 8 bits * s / s_b), -2^(b-1), 2^(b-1) - 1)          s the store's step, s_b the width's own
+    codes at b bits = clamp(round(codes at 8 bits * s / s_b), -2^(b-1), 2^(b-1) - 1)          s the store's step, s_b the bit-width's own
 
     codes                    I8  [weights]             at 8 bits, of all layers with quantized weights, in the file's order
-    code_scales              F32 [channels]            s, one a row of the weight matrix
+    code_scales              F32 [channels]            s, one per row of the weight matrix
     weight_scales            F32 [widths x channels]   s_b, the widths of one layer after another
-    activation_scales        F32 [widths x operands]   of the quantized inputs, of both operands where a layer is a matmul
+    activation_scales        F32 [widths x operands]   of the quantized inputs; of both operands for a matmul
     activation_zero_points   U8  [widths x operands]
     floats                   F32 [numbers]             all other float32 entries of the state dict, in its order
-    statistics               F32 [subnets, numbers]    mean and variance of every batch norm, of the subnets whose statistics are kept
+    statistics               F32 [subnets, numbers]    mean and variance of every batch norm, of the subnets whose statistics are stored
     edges                    F32 [subnets, edges, 2]   and observed ends of the tensors between layers
     anything else            under its own state-dict key and type
 
-supernet.json says what the numbers belong to, and holds this file's SHA-256.
+supernet.json gives the numbers their meaning, and holds this file's SHA-256.
 """
 
 from collections.abc import Mapping
@@ -32,13 +32,13 @@ from anybit.scheme import Precision, Scheme, check_choices
 FORMAT_VERSION: Literal[1] = 1
 STORE_BITS = 8
 LARGEST_STEP = float(np.finfo(np.float32).max) / 256
-"""A larger step times a code would be infinite."""
+"""A larger step times a code would overflow."""
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One layer: its weight as rows x columns, the bit-widths of its weights and input ((None,) where they are float), and how many
-    activations it reads."""
+    """One layer: its weight as rows x columns, the bit-widths of its weights and input ((None,) for float), and the number of activations
+    that it reads."""
 
     rows: int
     columns: int
@@ -101,15 +101,15 @@ class SupernetFile(BaseModel):
     fingerprint: str | None = None
 
     def digest(self) -> str:
-        """SHA-256 of what gives the tensors their meaning; where they came from may be edited."""
+        """Return the SHA-256 of the fields that give the tensors their meaning; their origin may be edited."""
         return digest_of(self.to_json({"layers", "folded", "edges", "functions", "subnets", "settings", "preprocessing", "task"}))
 
     def to_json(self, include: set[str] | None = None) -> dict[str, Any]:
-        """Return the file's content, without `functions` where no function was rewritten."""
+        """Return the file's content, without `functions` if none was rewritten."""
         return self.model_dump(include=include, exclude=None if self.functions else {"functions"})
 
     def stored(self) -> dict[str, StoredLayer]:
-        """Return the layers without the data that only PyTorch needs."""
+        """Return the layers without the fields that only PyTorch needs."""
         return {
             name: StoredLayer(one.rows, one.columns, tuple(one.weight_bits), tuple(one.activation_bits), one.operands)
             for name, one in self.layers.items()
@@ -117,7 +117,7 @@ class SupernetFile(BaseModel):
 
 
 def read_store(folder: Path) -> SupernetFile:
-    """supernet.json, strictly, and only if supernet.safetensors is the one that it was written with and was written for it."""
+    """Read supernet.json strictly, and check that it and supernet.safetensors belong together."""
     path, tensors = folder / SUPERNET_JSON, folder / SUPERNET
     data = read_json(path)
     check_version(data, path, FORMAT_VERSION)
@@ -129,17 +129,17 @@ def read_store(folder: Path) -> SupernetFile:
             raise InvalidFile(f"{path}: layer {name}: {error}") from error
         for bits in (layer.weight_bits, layer.activation_bits):
             if len(set(bits)) < len(bits) or (None in bits and len(bits) > 1) or 0 in bits:
-                said = f"has bit-widths {list(bits)}, not each once or float alone"
+                said = f"has bit-widths {list(bits)}, not distinct ones or float alone"
                 raise InvalidFile(f"{path}: layer {name} {said}. Restore it or train again.")
     if not tensors.is_file() or sha256_of(tensors) != file.sha256:
         raise InvalidFile(f"{tensors} is missing or not the file that {SUPERNET_JSON} was written with. Restore it or train again.")
     if read_header(tensors)[1].get("supernet") != file.digest():
-        raise InvalidFile(f"{path} is not the one that {SUPERNET} was written for: it has been edited. Restore it.")
+        raise InvalidFile(f"{path} is not the one that {SUPERNET} was written for: it was edited. Restore it.")
     return file
 
 
 def layer_specs(layers: Mapping[str, StoredLayer]) -> dict[str, TensorSpec]:
-    """Return the shared tensors that hold the layers' weights and ranges."""
+    """Return the type and shape of the shared tensors that hold the layers' weights and ranges."""
     coded = [layer for layer in layers.values() if layer.has_codes]
     inputs = sum(layer.operands for layer in layers.values() for bits in layer.activation_bits if bits)
     return {
@@ -152,7 +152,7 @@ def layer_specs(layers: Mapping[str, StoredLayer]) -> dict[str, TensorSpec]:
 
 
 def check_parts(parts: Mapping[str, LayerTensors], path: Path) -> None:
-    """Raise InvalidFile naming the first layer whose steps are not positive, or whose zero point its bits cannot hold."""
+    """Raise InvalidFile naming the first layer with a step that is not positive, or a zero point outside of its bits."""
     for name, part in parts.items():
         steps = [*([] if part.code_scale is None else [part.code_scale]), *part.weight_scales.values()]
         steps += [np.array([scale for scale, _ in operands], np.float32) for operands in part.ranges.values()]
@@ -164,13 +164,13 @@ def check_parts(parts: Mapping[str, LayerTensors], path: Path) -> None:
 
 
 def lower(codes: np.ndarray, code_scale: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
-    """int8 codes of `bits` bits and step `scale` [rows], from those of the store and its step."""
+    """Return int8 codes of `bits` bits at step `scale` [rows], from the store's codes and step."""
     values = codes.astype(np.float32) * code_scale[:, None]
     return np.clip(np.rint(values / scale[:, None]), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.int8)
 
 
 def split_tensors(layers: Mapping[str, StoredLayer], tensors: Mapping[str, np.ndarray]) -> dict[str, LayerTensors]:
-    """Return the shared tensors cut into layers."""
+    """Split the shared tensors into layers."""
     empty = np.zeros(0, np.float32)
     taken = dict.fromkeys(("codes", "code_scales", "weight_scales", "activation_scales"), 0)
 
@@ -201,9 +201,10 @@ def split_tensors(layers: Mapping[str, StoredLayer], tensors: Mapping[str, np.nd
 
 
 def slice_subnet(folder: str | Path, scheme: Scheme | Mapping[str, str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """layer -> (int8 codes [rows, columns], float32 scale [rows]) of a subnet, from the stored supernet, without PyTorch.
+    """Return layer -> (int8 codes [rows, columns], float32 scale [rows]) of a subnet, from the stored supernet, without PyTorch.
 
-    Layers whose weights are float are left out. The scales are those before batch norm is folded.
+    `scheme` names a precision for every layer; layers with float weights are left out. The scales are those before batch norm is folded.
+    Raises InvalidFile if the folder is damaged, SchemeMismatch if the scheme does not fit it.
     """
     folder = Path(folder)
     layers = read_store(folder).stored()

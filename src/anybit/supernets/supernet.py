@@ -1,4 +1,4 @@
-"""A supernet: any of its subnets at once, in the canonical form."""
+"""A supernet: any of its subnets in the canonical form, without training."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -39,12 +39,12 @@ from anybit.wording import as_in_python
 
 @dataclass
 class Supernet:
-    """A trained supernet: `switch` makes its `model` any subnet, at once and in place.
+    """A trained supernet. `switch` turns its `model` into any subnet, immediately and in place.
 
-    network  the float network that it was made of
+    network  the float network that it was trained from
     norms    layer -> the batch norm that folds into it;   edges   names of the tensors between layers
-    known    subnets whose batch-norm statistics are kept
-    example  inputs, or drawn ones like them, from which the fingerprint is made
+    known    subnets with stored batch-norm statistics
+    example  inputs, or random ones like them, for the fingerprint
     """
 
     network: nn.Module = field(repr=False)
@@ -68,15 +68,16 @@ class Supernet:
         return self.method.choices
 
     def uniform(self, bits: int) -> Scheme:
-        """Return every layer at `bits`; kept layers as they are kept."""
+        """Return the scheme with every layer at `bits`; kept layers as they are."""
         return uniform(self.choices, bits)
 
     def switch(self, scheme: Scheme | Mapping[str, str], batches: Sequence[Batch] | None = None) -> str:
-        """Make the model a subnet, in evaluation mode: `scheme`'s layers changed, the others as they were.
+        """Turn the model into a subnet, in evaluation mode: the layers in `scheme` change, the others stay.
 
-        batches   from which its batch-norm statistics are estimated anew; without, those of the nearest subnet that is known are taken
-                  (before any is known, those that each bit-width's own batch norm has).
-        Returns what the statistics are, in words. Raises SchemeMismatch where a precision was not trained.
+        batches   inputs to estimate batch-norm statistics from; without them, those of the nearest known subnet are taken (or, if none is
+                  known,
+                  those of each bit-width's own batch norm)
+        Returns the origin of the statistics in words. Raises SchemeMismatch if a precision was not trained.
         """
         scheme = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
         self.method.switch(scheme)
@@ -84,7 +85,7 @@ class Supernet:
         if batches is not None:
             batchnorm.reestimate(self.model, batches, active_norms(self.model))
             count, requested = sum(map(len, batches)), self.settings.bn_images
-            return f"estimated anew on {count} inputs" + (f" ({requested} were asked for)" if count < requested else "")
+            return f"estimated on {count} inputs" + (f" ({requested} were asked for)" if count < requested else "")
         if not self.known:
             return "as trained"
         nearest = self.nearest(self.method.scheme)
@@ -97,7 +98,8 @@ class Supernet:
         return words
 
     def own_statistics(self, nearest: KnownSubnet) -> Tensor:
-        """With a batch norm for each bit-width of a layer: each as the uniform subnet of those bits has it, others as the nearest does."""
+        """Return the statistics from a batch norm per bit-width: each from the uniform subnet of its bits, others from the nearest
+        subnet."""
         of_bits = {scheme[name].weight_bits: scheme for scheme in uniform_schemes(self).values() for name in self.method.norms}
         known = {bits: next(one.statistics for one in self.known if one.scheme == scheme) for bits, scheme in of_bits.items()}
         bits_of_norm = {id(norm.chosen()): norm.bits for norm in self.method.norms.values()}
@@ -114,14 +116,14 @@ class Supernet:
         return min(self.known, key=lambda known: bit_distance(known.scheme, scheme, self.costs))
 
     def canonical(self) -> Canonical:
-        """Return the canonical form of the subnet at hand: frozen and folded, with the statistics that it has."""
+        """Return the canonical form of the current subnet: frozen and folded, with its current statistics."""
         model = copy.deepcopy(self.model)
         self.method.freeze(model)
         folded, _ = batchnorm.fold(model, self.norms)
         return Canonical(folded.eval().requires_grad_(True), self.norms)
 
     def lowest_subnet(self) -> nn.Module:
-        """Return the canonical model of the lowest subnet, with its stored statistics. The current subnet stays."""
+        """Return the canonical model of the lowest subnet, with its stored statistics. The current subnet does not change."""
         scheme, statistics = self.method.scheme, statistics_of(self.model)
         self.switch(self.method.lowest)
         model = self.canonical().model.cpu()
@@ -131,7 +133,7 @@ class Supernet:
 
     @torch.no_grad()
     def as_float(self, batches: Sequence[Batch]) -> nn.Module:
-        """The float network with the shared weights and no quantizers; its batch-norm statistics are those of `batches`."""
+        """Return the float network with the shared weights and no quantizers; its batch-norm statistics are those of `batches`."""
         self.method.switch(self.method.highest)
         frozen = copy.deepcopy(self.model)
         self.method.freeze(frozen)
@@ -146,9 +148,9 @@ class Supernet:
     def learn(
         self, scheme: Scheme, batches: Sequence[Batch] | None, edge_ranges: Callable[[nn.Module], Mapping[str, tuple[float, float]]]
     ) -> KnownSubnet:
-        """Estimate a subnet's batch-norm statistics (without `batches` those that it has) and edge ranges, and keep them."""
+        """Estimate a subnet's batch-norm statistics on `batches` (None: keep its current ones) and its edge ranges, and store them."""
         self.method.switch(scheme)
-        if batches is not None:  # a batch norm for each bit-width has its own
+        if batches is not None:  # a batch norm per bit-width already has its own
             self.switch(scheme, batches)
         ends = edge_ranges(self.canonical().model)
         known = KnownSubnet(scheme, statistics_of(self.model).cpu(), torch.tensor([ends[name] for name in self.edges]).reshape(-1, 2))
@@ -159,12 +161,12 @@ class Supernet:
         """Raise InvalidFile if a subnet's record in a file (`where`) is invalid: numbers, variances, ends of edges."""
         variances = known.statistics.split([norm.num_features for norm in active_norms(self.model) for _ in ("mean", "variance")])[1::2]
         if not (torch.isfinite(known.statistics).all() and all((variance >= 0).all() for variance in variances)):
-            raise InvalidFile(f"{where}: a batch-norm variance kept of {known.scheme} is below zero. Restore it or train again.")
+            raise InvalidFile(f"{where}: a stored batch-norm variance of {known.scheme} is below zero. Restore it or train again.")
         check_edges({name: (float(low), float(high)) for name, (low, high) in zip(self.edges, known.edges, strict=True)}, where)
 
     @as_in_python()
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write the supernet's folder, all of it or nothing."""
+        """Write the supernet's folder, completely or not at all."""
         with new_folder(Path(folder), overwrite) as draft:
             write_supernet(draft, self)
             write_report(draft, self.report)
@@ -172,7 +174,7 @@ class Supernet:
         return Path(folder)
 
     def stored_edges(self) -> dict[str, tuple[float, float]]:
-        """Edge ranges of the nearest subnet that is known."""
+        """Return the edge ranges of the nearest known subnet."""
         return {
             name: (float(low), float(high)) for name, (low, high) in zip(self.edges, self.nearest(self.method.scheme).edges, strict=True)
         }
@@ -185,7 +187,7 @@ def scores(supernet: Supernet, scheme: Scheme, bn: Sequence[Batch] | None, test:
 
 
 def uniform_schemes(supernet: Supernet) -> dict[str, Scheme]:
-    """ "4 bits" -> the scheme."""
+    """Return "4 bits" -> the scheme, for every bit-width."""
     return {f"{bits} bits": supernet.uniform(bits) for bits in sorted(supernet.settings.bits)}
 
 
@@ -207,7 +209,7 @@ def stored_layers(supernet: Supernet) -> dict[str, StoredLayer]:
 
 
 def write_supernet(folder: Path, supernet: Supernet) -> None:
-    """supernet.safetensors and supernet.json; the live weights are rounded to the store's."""
+    """Write supernet.safetensors and supernet.json; the weights in memory are rounded to the store's."""
     stored, method = to_store(supernet.method), supernet.method
     slots = [method.layers[name] for name in supernet.choices]
     weights = [layer.weight_quantizer for layer in slots if isinstance(layer.weight_quantizer, SwitchableWeight)]

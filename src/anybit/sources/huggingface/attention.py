@@ -1,4 +1,4 @@
-"""Attention of transformers run through layers, so that its products can be quantized."""
+"""Attention of transformers computed by layers, so that its products can be quantized."""
 
 import inspect
 from typing import Any, cast
@@ -35,8 +35,8 @@ def attention(
     """Compute softmax(query key^T scaling + position bias + mask) value through the module's two Matmul layers; [N, heads, T, d] ->
     [N, T, heads, d].
 
-    Keys and values of fewer heads serve several queries' heads each; `s_aux`, [heads], are the logits of a token that has no value (an
-    attention sink). Raises UnsupportedModel on what it would have to leave out.
+    Fewer keys' and values' heads serve several queries' heads each; `s_aux`, [heads], are the logits of a token without a value (an
+    attention sink). Raises UnsupportedModel for arguments that it would have to ignore.
     """
     if others.get("head_mask") is not None:
         raise UnsupportedModel(f"{type(module).__name__} passes head_mask to its attention, which anybit does not cover yet.")
@@ -65,16 +65,16 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 def adapted(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy whose attention runs through Matmul layers `scores` and `mixture` of each attention module, with Linear layers in place
-    of Conv1D, and without tied weights.
+    """Return a copy whose attention uses Matmul layers `scores` and `mixture` in each attention module, with Linear layers in place of
+    Conv1D, and without tied weights.
 
-    Outputs are those of the model up to float rounding. Weights of half precision become float32.
+    Outputs are those of the model up to float rounding. Half-precision weights become float32.
     """
     model = _in_float32(cast(PreTrainedModel, copied(model)))
     model.config.return_dict = True
     for network in model.modules():
         if isinstance(network, PreTrainedModel) and hasattr(network.config, "use_cache"):
-            network.config.use_cache = False  # whole sequences are run at once
+            network.config.use_cache = False  # whole sequences are computed at once
     for module in model.modules():
         if _calls_interface(module):
             module.add_module("scores", Matmul(transposed=True))
@@ -91,9 +91,9 @@ def adapted(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """Convert the weights of half precision to float32, in place, and say so."""
+    """Convert half-precision weights to float32, in place, and report it."""
     if getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModel(f"{type(model).__name__} is quantized already. Give the float network.")
+        raise UnsupportedModel(f"{type(model).__name__} is already quantized. Give the float network.")
     types = {str(tensor.dtype).removeprefix("torch.") for tensor in model.parameters() if tensor.dtype in (torch.float16, torch.bfloat16)}
     if not types:
         return model
@@ -107,13 +107,13 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _calls_interface(module: nn.Module) -> bool:
-    """Return whether the module's forward looks its attention function up in transformers' interface."""
+    """Return whether the module's forward gets its attention function from transformers' interface."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def _linear(layer: Conv1D) -> nn.Linear:
-    """Turn GPT-2's layer, which stores its weight transposed, into the Linear that it is."""
+    """Turn GPT-2's layer, which stores its weight transposed, into an equal Linear."""
     linear = nn.Linear(layer.weight.shape[0], layer.weight.shape[1], device=layer.weight.device, dtype=layer.weight.dtype)
     with torch.no_grad():
         linear.weight.copy_(layer.weight.T)
@@ -122,9 +122,9 @@ def _linear(layer: Conv1D) -> nn.Linear:
 
 
 def _make_plain(model: PreTrainedModel) -> None:
-    """Store the weights that a parametrization computes in every pass, such as weight norm's.
+    """Store the weights that a parametrization, such as weight norm, computes in every pass.
 
-    PyTorch's own function would take them from the class too, which a copy shares with its original.
+    PyTorch's own function would also delete them from the class, which a copy shares with its original.
     """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
@@ -136,9 +136,9 @@ def _make_plain(model: PreTrainedModel) -> None:
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """Give each layer a weight of its own where it shares an embedding's: two layers may take different bits.
+    """Give each layer its own weight in place of an embedding's, so that their bits may differ.
 
-    What an encoder-decoder calls `shared` and does not run is the same layer as the first that has its weight.
+    An encoder-decoder's `shared`, which does not run, becomes the first layer with its weight.
     """
     owners: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules()):

@@ -31,7 +31,7 @@ def quiet() -> Iterator[None]:
 
 
 def file_of(model: transformers.PreTrainedModel, name: str) -> Path | None:
-    """Return the path of a file that comes with the model; None if there is none."""
+    """Return the path of a file that comes with the model, or None."""
     if not model.name_or_path:
         return None
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -62,22 +62,22 @@ BESIDE = (
     "preprocessor_config.json", "processor_config.json", "modules.json", "sentence_bert_config.json",
     "config_sentence_transformers.json", "1_Pooling/config.json",
 )  # fmt: skip
-"""Files that come with a network, besides its configuration and its weights, and hold no code."""
+"""Files that come with a network, besides its configuration and its weights, and contain no code."""
 
 
 def own_network(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """Build the network as transformers itself does for the model's configuration, without weights (on the device "meta")."""
+    """Return the network that transformers itself builds from the model's configuration, without weights (on the device "meta")."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))
 
 
 def transposed_layers(own: nn.Module) -> set[str]:
-    """Return the layers of transformers' own network that are Linear in the adapted one, and store their weight transposed."""
+    """Return the layers of transformers' own network that store their weight transposed, and are Linear in the adapted one."""
     return {name for name, module in own.named_modules() if isinstance(module, Conv1D)}
 
 
 def own_config(model: transformers.PreTrainedModel) -> dict[str, Any]:
-    """Return config.json of the model, without what `adapted` changes while anybit runs it."""
+    """Return the model's config.json, without the changes of `adapted`."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     for name in ("use_cache", "return_dict", "_name_or_path", "quantization_config"):
         config.pop(name, None)
@@ -85,11 +85,11 @@ def own_config(model: transformers.PreTrainedModel) -> dict[str, Any]:
 
 
 def files_beside(model: transformers.PreTrainedModel) -> dict[str, bytes]:
-    """Name -> content of the other files of the model: its tokenizer, and whatever else transformers reads."""
+    """Return name -> content of the model's other files: its tokenizer, and other files that transformers reads."""
     return {name: place.read_bytes() for name in BESIDE if (place := file_of(model, name)) is not None}
 
 
 def loaded_folder(path: Path, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """Load a folder that holds a network of the model's class, as transformers does. Raise ImportError if it lacks a package."""
-    with quiet(), redirect_stderr(io.StringIO()):  # compressed-tensors draws a progress bar of its own
+    """Return the network of a folder, loaded by transformers with the model's class. Raises ImportError if a package is missing."""
+    with quiet(), redirect_stderr(io.StringIO()):  # compressed-tensors prints its own progress bar
         return type(model).from_pretrained(path.resolve(), dtype=torch.float32, use_safetensors=True).eval()

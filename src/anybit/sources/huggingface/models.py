@@ -27,20 +27,20 @@ HALF = ("float16", "bfloat16")
 
 
 def load(name: str, task: str | None = None, random: bool = False) -> transformers.PreTrainedModel:
-    """Load the float32 network of a folder or a name, adapted; with a head for `task`, or the one it was saved with.
+    """Return the float32 network of a folder or a name, adapted; with a head for `task`, or the one with which it was saved.
 
-    With `random`, its weights are drawn, and of its files the configuration alone is read. Nothing that comes with the network is
-    executed: weights are safetensors, and code of its own is refused. A head that the files do not hold is drawn by a fixed seed.
+    With `random`, its weights are random, and only the configuration is read of its files. No code that comes with the network is executed:
+    weights must be safetensors, and custom code is an error. A head that the files lack is initialised with a fixed seed.
     """
     place = str(Path(name).resolve()) if Path(name).is_dir() else name
     if Path(name).is_absolute() and not Path(name).is_dir():
-        raise InvalidSetting(f"There is no folder {name}, which hf: names. Name the network's folder with --model hf:FOLDER.")
+        raise InvalidSetting(f"There is no folder {name}. Name the network's folder with --model hf:FOLDER.")
     options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     try:
         with quiet(), hurried(place), torch.random.fork_rng(devices=[]):
             config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
             if getattr(config, "quantization_config", None) is not None:
-                raise ValueError("it is quantized already; name the float network. anybit verify loads what anybit exported")
+                raise ValueError("it is already quantized; name the float network. anybit verify loads what anybit exported")
             stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
             loader = _loader(config, task)
             if random:
@@ -62,15 +62,15 @@ def _of_config(loader: Any, config: Any) -> transformers.PreTrainedModel:
 
 
 def _check_whole(name: str, model: transformers.PreTrainedModel, drawn: Iterable[str]) -> None:
-    """Raise InvalidSetting where weights that the files lack, and that were drawn, are more than a head's; say so of a head."""
+    """Raise InvalidSetting if the files lack weights other than a head's; report a head with random weights."""
     body = [key for key in sorted(drawn) if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
     if type(model).__name__.endswith("Model") and not type(model).__name__.endswith("LMHeadModel"):
         body = [key for key in sorted(drawn) if not key.startswith("pooler.")]
     if body:
         more = f" and {len(body) - 1} more" if len(body) > 1 else ""
-        raise InvalidSetting(f"--model hf:{name}: its files lack {body[0]}{more}, which its configuration asks for. Complete the files.")
+        raise InvalidSetting(f"--model hf:{name}: its files lack {body[0]}{more}, which its configuration requires. Complete the files.")
     if drawn:
-        tell("note", note=f"hf:{name} has no {', '.join(sorted(drawn)[:2])}: drawn at random, to be trained or for coverage alone")
+        tell("note", note=f"hf:{name} has no {', '.join(sorted(drawn)[:2])}: it is random, to be trained or only for inspection")
 
 
 def _loader(config: Any, task: str | None) -> Any:
@@ -85,7 +85,7 @@ def _loader(config: Any, task: str | None) -> Any:
 
 
 def picture_settings(model: transformers.PreTrainedModel) -> dict[str, Any]:
-    """Return mean, std, size, resize and interpolation of the model's pictures from its preprocessor_config.json; {} if it has none."""
+    """Return mean, std, size, resize and interpolation of the model's images from its preprocessor_config.json; {} if it has none."""
     config = json_of(model, "preprocessor_config.json")
     settings: dict[str, Any] = {}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):

@@ -1,4 +1,4 @@
-"""The heads of Hugging Face models, one for a task: texts tokenized by a model's own tokenizer, and how its outputs are read."""
+"""The heads of Hugging Face models, one per task: texts tokenized by a model's own tokenizer, and how its outputs are read."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,15 +20,15 @@ from anybit.sources.libraries import hurried
 
 @dataclass(frozen=True)
 class Head:
-    """A head of transformers' models, and the task that it is for.
+    """A head of transformers' models, and its task.
 
-    endings    of the names of classes that have it;   loader  the class that loads one for texts
-    others     of the names of classes that have it for pictures, sounds and more, which load as they were saved
-    one_value  whether it gives one value, not several; None where that does not matter
-    decodes    whether it is that of an encoder-decoder; None where that does not matter
-    reader     of a model: what is read in its output
-    samples    of (model, rows, where they are from, encoding, workers): rows of role -> value, tokenized
-    length     tokens of a sample, at most, where the user does not say
+    endings    of the names of classes with this head;   loader  the class that loads one for texts
+    others     of the names of such classes for images, sounds and more, which load as they were saved
+    one_value  whether it returns one value, not several; None if that does not matter
+    decodes    whether it belongs to an encoder-decoder; None if that does not matter
+    reader     function of a model: the reader of its output
+    samples    function of (model, rows, their origin, encoding, workers): rows of role -> value, tokenized
+    length     default of the most tokens of a sample
     """
 
     endings: tuple[str, ...]
@@ -52,7 +52,7 @@ def _decodes(model: PreTrainedModel) -> bool:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """Find the model's head; one of no known task counts as a head of values."""
+    """Return the model's head; one without a known task counts as a head of values."""
     return next((head for head in HEADS.values() if head.fits(model)), OTHER)
 
 
@@ -62,11 +62,14 @@ def reader_of(model: PreTrainedModel) -> Reader:
 
 
 def _pooling(model: PreTrainedModel) -> str:
-    """Return "first" if the model's sentence-embedding configuration takes the first token, else "mean"; others are refused by name."""
+    """Return "first" if the model's sentence-embedding configuration uses the first token, else "mean". Raises UnsupportedModel for
+    others."""
     modes = {mode: on for mode, on in json_of(model, "1_Pooling/config.json").items() if mode.startswith("pooling_mode_") and on}
     others = sorted(set(modes) - {"pooling_mode_mean_tokens", "pooling_mode_cls_token"})
     if others or len(modes) > 1:
-        raise UnsupportedModel(f"{model.name_or_path} pools its tokens by {', '.join(sorted(modes))}; the mean and the first are covered.")
+        raise UnsupportedModel(
+            f"{model.name_or_path} pools its tokens by {', '.join(sorted(modes))}; only the mean and the first are supported."
+        )
     return "first" if "pooling_mode_cls_token" in modes else "mean"
 
 
@@ -76,7 +79,7 @@ def _pooling(model: PreTrainedModel) -> str:
 def text_samples(
     model: PreTrainedModel, rows: Sequence[Row], where: str, length: int | None = None, stride: int | None = None, workers: int = 0
 ) -> Samples:
-    """Make samples that `model` takes of rows (role -> value): tokenized by its own tokenizer, for the task of its head."""
+    """Return samples for `model` from rows (role -> value): tokenized by its own tokenizer, for the task of its head."""
     return head_of(model).samples(model, rows, where, _encoding(model, length, stride), workers)
 
 
@@ -114,7 +117,7 @@ def _pairs(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: En
         return replace(_translations(model, rows, where, encoding, workers), labelled=False)
     _check_texts(rows, where)
     if "label" in rows[0] and "pair" not in rows[0]:
-        raise InvalidInput(f"{where}: embeddings are scored by pairs of texts. Name the second one's column with --columns pair=NAME.")
+        raise InvalidInput(f"{where}: embeddings are scored on pairs of texts. Name the second one's column with --columns pair=NAME.")
     return _texts(model, rows, where, encoding, workers, _number, apart=True)
 
 
@@ -124,7 +127,7 @@ def _tagged(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: E
     if "label" in rows[0]:
         labels = [_class_numbers(row, number, model, where) for number, row in enumerate(rows, 1)]
     if not encoding.tokenizer.is_fast:
-        raise InvalidSetting(f"{model.name_or_path}: which word a token is of, only a fast tokenizer tells. Put tokenizer.json beside it.")
+        raise InvalidSetting(f"{model.name_or_path}: only a fast tokenizer maps tokens to words. Put tokenizer.json beside it.")
     return Samples(TaggedTexts(rows, labels, encoding, where), labels is not None, workers, reader=reader_of(model))
 
 
@@ -133,7 +136,9 @@ def _class_numbers(row: Row, number: int, model: PreTrainedModel, where: str) ->
     words, labels = row["text"].split(), row["label"]
     labels = labels.split() if isinstance(labels, str) else labels
     if not isinstance(labels, list) or len(labels) != len(words):
-        raise InvalidInput(f"{where}: row {number} has {len(words)} words, and the labels {str(labels)[:60]!r}. Give one label a word.")
+        raise InvalidInput(
+            f"{where}: row {number} has {len(words)} words, but the labels are {str(labels)[:60]!r}. Give one label per word."
+        )
     return [_class_number(label, model, where) for label in labels]
 
 
@@ -155,7 +160,7 @@ def _translations(model: PreTrainedModel, rows: Sequence[Row], where: str, encod
 
 
 def _start(model: PreTrainedModel) -> int | None:
-    """Return the token that a decoder begins with."""
+    """Return the first token of a decoder."""
     configs = (model.config, getattr(model, "generation_config", None))
     return next((one for config in configs if (one := getattr(config, "decoder_start_token_id", None)) is not None), None)
 
@@ -167,11 +172,11 @@ def _encoding(model: PreTrainedModel, length: int | None, stride: int | None) ->
     except (OSError, ValueError, ImportError, KeyError) as error:
         said = " ".join(str(error).split())
         raise InvalidSetting(
-            f"{model.name_or_path or 'The model'} comes without a tokenizer that can be loaded ({said[:200]}). Put tokenizer.json beside "
-            "it, or give data that is tokenized already."
+            f"{model.name_or_path or 'The model'} has no tokenizer that can be loaded ({said[:200]}). Put tokenizer.json beside "
+            "it, or give tokenized data."
         ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what is made up where there are no files
-        raise InvalidSetting(f"{model.name_or_path} comes without a tokenizer: it has no words. Put tokenizer.json beside it.")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # an empty tokenizer is created if there are no files
+        raise InvalidSetting(f"{model.name_or_path} has no tokenizer: its vocabulary is empty. Put tokenizer.json beside it.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "pad_token_id", None) is None:
@@ -179,13 +184,13 @@ def _encoding(model: PreTrainedModel, length: int | None, stride: int | None) ->
     tokenizer.padding_side = "right"  # places in a text are counted from its first token
     most = _length_of(model)
     if length is not None and not 2 <= length <= most:
-        raise InvalidSetting(f"--length {length}: the network takes 2 to {most} tokens.")
+        raise InvalidSetting(f"--length {length}: the network accepts 2 to {most} tokens.")
     default = min(most, head_of(model).length or most)
     return Encoding(tokenizer, length or default, length is not None, 128 if stride is None else stride)
 
 
 def _length_of(model: PreTrainedModel) -> int:
-    """Return the most tokens that the network takes; in RoBERTa's family positions begin after the padding's."""
+    """Return the most tokens that the network accepts; in RoBERTa's family, positions start after the padding index."""
     most = getattr(model.config, "max_position_embeddings", None)
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
     taken = tables[0].padding_idx + 1 if tables and tables[0].padding_idx is not None else 0
@@ -196,7 +201,7 @@ Label = Callable[[Any, PreTrainedModel, str], int | float]
 
 
 def _class_number(value: Any, model: PreTrainedModel, where: str) -> int:
-    """Read a label of a class: one of the model's names, or its number."""
+    """Read a class label: one of the model's names, or its number."""
     names = getattr(model.config, "label2id", None) or {}
     if isinstance(value, str) and value in names:
         return int(names[value])
@@ -205,7 +210,7 @@ def _class_number(value: Any, model: PreTrainedModel, where: str) -> int:
             raise ValueError
         return int(float(value))
     except (TypeError, ValueError, OverflowError) as error:
-        said = f"no class number nor one of the model's ({', '.join(map(str, names))})"
+        said = f"neither a class number nor one of the model's ({', '.join(map(str, names))})"
         raise InvalidInput(f"{where}: the label {value!r} is {said}. Name another column with --columns label=NAME.") from error
 
 
@@ -213,7 +218,7 @@ def _number(value: Any, model: PreTrainedModel, where: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidInput(f"{where}: the label {value!r} is no number. Name another column with --columns label=NAME.") from error
+        raise InvalidInput(f"{where}: the label {value!r} is not a number. Name another column with --columns label=NAME.") from error
 
 
 _sequence = partial(
@@ -253,9 +258,9 @@ HEADS = {
         others=("WithProjection", "EncoderModel"),
     ),
 }  # fmt: skip
-"""Task -> its head. The first that fits a model is its head: a class whose name ends in "LMHeadModel" ends in "Model" too."""
+"""Task -> its head. The first that fits a model is its head, since a name that ends in "LMHeadModel" also ends in "Model"."""
 OTHER = Head((), "AutoModel", lambda model: _other_reader(model), partial(_texts, label=None))
-"""Of values that no task is known of."""
+"""Head of values without a known task."""
 
 
 def _other_reader(model: PreTrainedModel) -> Reader:
@@ -263,12 +268,12 @@ def _other_reader(model: PreTrainedModel) -> Reader:
 
 
 def hub_rows(name: str, split: str, columns: Mapping[str, str | int]) -> list[Row]:
-    """Load the rows of a Hugging Face data set's split, role -> value (needs the package datasets)."""
+    """Return the rows of a Hugging Face data set's split, role -> value (needs the package datasets)."""
     import datasets
 
     try:
         dataset = datasets.load_dataset(*name.split(":"), split=split or "train")
-    except Exception as error:  # the library raises whatever its readers do
+    except Exception as error:  # the library's readers may raise any error
         said = " ".join(str(error).split())
         raise InvalidInput(f"--data hf:{name} cannot be loaded: {type(error).__name__}: {said[:300]}") from error
     if len(dataset) == 0:

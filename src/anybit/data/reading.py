@@ -1,0 +1,168 @@
+"""Reading of the user's data sets: an error of theirs becomes one line that names the data set, the item and the exception."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from anybit.errors import AnybitError, InvalidInput, some
+from anybit.files.strict import in_words
+from anybit.settings import LARGEST
+
+REPAIR = "Repair the data set, or leave such samples out."
+
+
+@contextmanager
+def reading(what: str, remedy: str = REPAIR) -> Iterator[None]:
+    """Raise InvalidInput, which begins with `what`, for an exception of the user's code inside the block."""
+    try:
+        yield
+    except AnybitError:
+        raise
+    except (Exception, SystemExit) as error:
+        said = f": {in_words(error)}" if str(error).split() else ""
+        raise InvalidInput(f"{what} raises {type(error).__name__}{said.rstrip('.')}. {remedy}") from error
+
+
+def name_of(dataset: Any) -> str:
+    """Return how messages call a data set that no reference names."""
+    kind = type(whole(dataset)[0])
+    return "the data" if kind in (list, tuple) or kind.__module__.startswith("anybit.") else f"the data set {kind.__name__}"
+
+
+def whole(dataset: Any) -> tuple[Any, list[int] | None]:
+    """Return (the data set under subsets, which of its items; None for all)."""
+    if type(dataset) is not Subset:  # a subclass may change the items
+        return dataset, None
+    inner, indices = whole(dataset.dataset)
+    own = [int(index) for index in dataset.indices]
+    return inner, own if indices is None else [indices[index] for index in own]
+
+
+def length_of(dataset: Any, name: str = "") -> int:
+    """Return the length of a data set. Raise InvalidInput where it gives none, or one that cannot be."""
+    name = name or name_of(dataset)
+    with reading(f"The length of {name}", "Let __len__ return how many samples there are."):
+        length = len(dataset)
+    if length > LARGEST:
+        raise InvalidInput(
+            f"The length of {name} is {length}, and at most {LARGEST} samples are read. Let __len__ return how many there are."
+        )
+    return length
+
+
+def item_of(dataset: Any, index: int, name: str = "") -> Any:
+    """Return one item. Raise InvalidInput, naming it, where the data set raises."""
+    name = name or name_of(dataset)
+    try:
+        with reading(f"Item {index} of {name}"):
+            return dataset[index]
+    except InvalidInput as error:
+        if isinstance(error.__cause__, IndexError):
+            raise InvalidInput(f"{str(error).removesuffix(REPAIR)}The length that it gives is {length_of(dataset)}. {REPAIR}") from error
+        raise
+
+
+def elements_of(data: Iterable[Any], name: str = "") -> Iterator[Any]:
+    """Yield the elements of what can be iterated. Raise InvalidInput, saying how many came, where it raises."""
+    name, count = name or name_of(data), 0
+    with reading(f"The iteration over {name}"):
+        iterator = iter(data)
+    try:
+        while True:
+            with reading(f"Element {count} of {name}"), _of_workers(data.num_workers if isinstance(data, DataLoader) else 0):
+                element = next(iterator, iterator)
+            if element is iterator:
+                return
+            yield element
+            count += 1
+    finally:
+        del iterator
+
+
+class Batches(Dataset):
+    """Batches of a data set's items, by their number. What fails is returned, not raised: between processes, an exception becomes a
+    traceback."""
+
+    def __init__(self, dataset: Any, parts: Sequence[Sequence[int]], collate: Callable[[list], Any], name: str = ""):
+        self.dataset, self.indices = whole(dataset)
+        self.parts, self.collate, self.name = parts, collate, name or name_of(dataset)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> Any:
+        part = list(self.parts[number])
+        indices = part if self.indices is None else [self.indices[index] for index in part]
+        try:
+            items = self._items(indices)
+            try:
+                return self.collate(items)
+            except InvalidInput as error:
+                raise InvalidInput(f"{error}{self._different(indices, items)}") from error
+        except AnybitError as error:
+            return error
+
+    def _items(self, indices: list[int]) -> Any:
+        at_once = getattr(self.dataset, "__getitems__", None)
+        if at_once is None:
+            return [item_of(self.dataset, index, self.name) for index in indices]
+        with reading(f"{self.name}, asked for items {some([str(index) for index in indices])},"):
+            return at_once(indices)
+
+    def _different(self, indices: list[int], items: Any) -> str:
+        """Name the first item that has other parts than the first of all, with a space in front."""
+        if not isinstance(items, list):
+            return ""
+        kinds = [_parts_of(item) for item in items]
+        for index, kind in zip(indices, kinds, strict=True):
+            if kind != kinds[0]:
+                return f" Of {self.name}, item {indices[0]} is {kinds[0]}, and item {index} is {kind}."
+        return ""
+
+
+def _parts_of(item: Any) -> str:
+    """Describe the parts of an item by types and shapes: (Tensor [3, 8, 8], int)."""
+    if isinstance(item, Mapping):
+        return "{" + ", ".join(f"{key}: {_parts_of(part)}" for key, part in item.items()) + "}"
+    if isinstance(item, tuple):
+        return f"({', '.join(map(_parts_of, item))})"
+    shape = getattr(item, "shape", None)
+    return f"{type(item).__name__}{'' if shape is None else f' {list(shape)}'}"
+
+
+def loaded(batches: Batches, workers: int, **options: Any) -> Iterator[Any]:
+    """Yield the batches, loaded by `workers` processes. Raise InvalidInput where one of these, or the user's code, fails."""
+    loader = DataLoader(batches, batch_size=None, collate_fn=_same, num_workers=workers, **options)
+    with _of_workers(workers):
+        iterator = iter(loader)
+    try:
+        for _ in range(len(batches)):
+            with _of_workers(workers):
+                batch = next(iterator)
+            if isinstance(batch, AnybitError):
+                raise batch
+            yield batch
+    finally:
+        del iterator  # ends the workers now: collected later, among a traceback's frames, they take five seconds to end
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+@contextmanager
+def _of_workers(workers: int) -> Iterator[None]:
+    """Raise InvalidInput for what fails in processes that load data, with the last line of the traceback that one has sent."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if not workers:
+            raise
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        last = lines[-1] if lines and lines[0].startswith("Caught ") else f"{type(error).__name__}: {in_words(error)}"
+        raise InvalidInput(
+            f"The worker processes that load the data ({workers}) failed: {last.rstrip('.')}. Load it in the main process: --workers 0, "
+            "and num_workers=0 in a DataLoader."
+        ) from error.with_traceback(None)  # whose frames hold the workers
