@@ -98,7 +98,7 @@ def test_non_decimal_digit_is_a_name(tmp_path):
 def test_rejects_two_folders_of_one_class(names, tmp_path):
     for name in names:
         save(tmp_path / name / "p.png")
-    with pytest.raises(InvalidInput, match=r"one number|of one name"):
+    with pytest.raises(InvalidInput, match=r"same number|same name"):
         load_data(str(tmp_path))
 
 

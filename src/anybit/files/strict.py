@@ -109,7 +109,7 @@ def check_version(data: Any, path: Path | str, newest: int) -> None:
 
 
 def validated(kind: type[Value], data: Any, where: str) -> Value:
-    """Return `data` as the pydantic model or type `kind`. Raise InvalidFile naming the field that differs."""
+    """Return `data` as the pydantic model or type `kind`. Raises InvalidFile naming the field that differs."""
     try:
         return TypeAdapter(kind).validate_python(data, strict=True)
     except ValidationError as error:
@@ -194,7 +194,7 @@ def read_tensors(path: Path, expected: Mapping[str, TensorSpec], framework: Lite
 
 
 def load_tensors(path: Path, names: Iterable[str], framework: Literal["pt", "np"] = "pt") -> dict[str, Any]:
-    """Read some tensors of a safetensors file whose header has been checked. Raise InvalidFile if a number is not finite."""
+    """Read some tensors of a safetensors file whose header has been checked. Raises InvalidFile if a number is not finite."""
     try:
         with safe_open(path, framework=framework) as file:
             tensors = {name: file.get_tensor(name) for name in names}
