@@ -246,7 +246,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Budget:
-    """Conditions that must all hold, and their original text."""
+    """Conditions that must all hold, and their original text: `Budget.parse("4bit,bops=2G")`."""
 
     text: str
     conditions: tuple[Condition, ...]

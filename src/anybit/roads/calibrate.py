@@ -95,13 +95,14 @@ def calibrate(
     """Turn a trained network into a low-bit one, with a few hundred inputs and a budget.
 
     model     a network, or a reference to one ("file.py:function")
-    data      inputs: a data set, arrays, Samples, or a reference; labels are used only by reports and "drop=" budgets
+    data      inputs: a data set, an array [N, ...] or (x, y) of them, Samples, or a reference; labels are used only by reports and
+              "drop=" budgets
     budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list returns a list of results that share their candidates
     weights   file of a state dict, loaded into a network given by reference
     preprocessing  of images given by reference; recorded for later verbs, with absolute references
     test      labelled data for the report; nothing is chosen on it
     metric    a function of (outputs, labels), higher is better: reported, and used by "drop=" budgets in place of top-1
-    workers   processes that load data
+    workers   number of processes that load data
     device    where to compute; the result is on the CPU
     cache     store the result of every stage, in this folder or (True) in the user's cache directory: a run that was killed, or has another
               budget, reuses finished results, and ends with the same bytes

@@ -6,8 +6,8 @@ import torch
 
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.roads.inputs import follow_model
+from anybit.sources.images import read_image
 from anybit.sources.inputs import load_data
-from anybit.sources.pictures import read_image
 from anybit.sources.preprocessing import Preprocessing
 
 Image = pytest.importorskip("PIL.Image")
