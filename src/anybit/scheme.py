@@ -35,7 +35,7 @@ def check_positive(value: float, what: str) -> float:
 
 @dataclass(frozen=True)
 class Precision:
-    """Bits of one layer's weights and input activations; None means float."""
+    """Bits of one layer's weights (0, 2..8) and input activations (2..8); None means float. `Precision.parse("W4A8")` reads its text."""
 
     weight_bits: int | None = None
     activation_bits: int | None = None
@@ -72,7 +72,7 @@ FLOAT = Precision()
 
 @dataclass(frozen=True)
 class Scheme(Mapping[str, Precision]):
-    """Layer name -> precision, in the model's order."""
+    """An immutable mapping of layer name -> precision, in the model's order."""
 
     layers: Mapping[str, Precision] = field(default_factory=dict)
 

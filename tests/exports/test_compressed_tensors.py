@@ -256,7 +256,7 @@ def test_does_not_overwrite_user_files(copied, tmp_path):
     assert (out / "notes" / "mine.txt").read_text() == "mine"
     (tmp_path / "link").symlink_to(out)
     for place in (tmp_path / "link", run / "inside"):
-        with pytest.raises(InvalidSetting, match=r"is no folder|inside a run folder"):
+        with pytest.raises(InvalidSetting, match=r"is not a folder|inside a run folder"):
             export_folder(run, place, model=model, overwrite=True)
 
 

@@ -100,9 +100,11 @@ def test_penalty_is_the_pull_of_layers_that_may_lose_bits():
 def test_the_end_meets_the_budget_and_no_dropped_bit_would_have_fitted(seed, bits):
     trainee, network, _ = copy.deepcopy(start_of(f"{bits}bit"))
     generator = torch.Generator().manual_seed(seed)
-    for squares in trainee.squared_gradients.values():
-        squares.copy_(torch.rand(squares.shape, generator=generator))
-    trainee.before_step(1.0)
+    for progress in (0.2, 0.35, 1.0):  # what earlier rounds left to the last
+        for squares in trainee.squared_gradients.values():
+            squares.copy_(torch.rand(squares.shape, generator=generator))
+        trainee.steps = 1
+        trainee.before_step(progress)
     scheme = trainee.scheme()
     assert fits_budget(network.costs, scheme, trainee.budget)
     for name, precision in scheme.items():  # the knapsack leaves no room that it could use
@@ -114,8 +116,10 @@ def test_the_end_meets_the_budget_and_no_dropped_bit_would_have_fitted(seed, bit
 def test_dropped_bits_cost_least_of_all_schemes_within_the_budget():
     trainee, network, x = shrinking_of(Residual, "3.1bit", start_bits=4)
     step(trainee, x)
+    trainee.before_step(0.3)
+    step(trainee, x)
     trainee.see_gradients()
-    losses = trainee._added_losses(network.choices)
+    losses = trainee.losses(network.choices)
     trainee.before_step(1.0)
     names = list(network.choices)
     schemes = [dict(zip(names, options, strict=True)) for options in itertools.product(*network.choices.values())]
@@ -133,7 +137,7 @@ def test_bits_stay_where_the_loss_is_sensitive_to_them():
     assert bits["block1.conv1"] == 6 and min(bits.values()) == 2  # from which it follows that a layer may lose several at once
 
 
-def test_limits_fall_from_the_start_to_the_budget_in_rounds_and_bits_never_return():
+def test_limits_fall_from_the_start_to_the_budget_in_rounds():
     trainee, network, x = shrinking_of(Residual, "3bit", dropping=0.5, drops=4)
     seen = []
     for progress in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.9, 1.0):
@@ -179,7 +183,7 @@ def test_each_dropped_bit_is_told_and_recorded():
     for fields in told:
         assert all(f"{name} {before} -> {after}" in fields["note"] for name, (before, after) in fields["layers"].items())
         for name, (before, after) in fields["layers"].items():
-            assert bits[name] == before > after
+            assert bits[name] == before and (before > after or fields["progress"] == told[-1]["progress"])
             assert recorded.pop(0) == {"layer": name, "from": before, "to": after, "progress": fields["progress"]}
             bits[name] = after
     assert not recorded and bits == {name: precision.weight_bits for name, precision in result.scheme.items()}

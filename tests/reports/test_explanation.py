@@ -116,8 +116,8 @@ def test_explanation_of_a_hand_computed_case(tmp_path):
     assert explanation["next_step"] == explanation["more"] and explanation["less"] is None and explanation["left"] == 1000
     words = " ".join(explanation["why"])
     assert "b is W2A8: 8 k weights, 2.0 kB of the file's 6.0 kB (33.3 %), 0.3 of predicted loss." in words
-    assert "shadow price is 0.2 of loss a kB: the last step within this size took a from W2A8 to W4A8, 2.0 kB for 0.4 less" in words
-    assert "More, W4A8, would cost 2.0 kB and gain 0.1, 0.05 of loss a kB: less than the shadow price" in words
+    assert "shadow price is 0.2 of loss per kB: the last step within this size took a from W2A8 to W4A8, 2.0 kB for 0.4 less" in words
+    assert "More, W4A8, would cost 2.0 kB and gain 0.1, 0.05 of loss per kB: less than the shadow price" in words
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_explanation_of_a_hand_computed_case(tmp_path):
         ({"a": "W4A8", "b": "W4A8"}, None, "b", "No budget was given"),
         ({"a": "W2A8", "b": "W2A8"}, "loss=0.9", "a", "smallest scheme that keeps its limit"),
         ({"a": "W2A8", "b": "W2A8"}, "2bit", "a", "0 B of codes left, too little"),
-        ({"a": "W4A8", "b": "W2A8"}, "3bit", "a", "a kB of codes"),
-        ({"a": "W4A8", "b": "W2A8"}, "bops=3", "a", "a million BOPs"),
+        ({"a": "W4A8", "b": "W2A8"}, "3bit", "a", "per kB of codes"),
+        ({"a": "W4A8", "b": "W2A8"}, "bops=3", "a", "per million BOPs"),
     ],
 )
 def test_every_reason_has_its_words(tmp_path, scheme, budget, layer, words):
@@ -173,6 +173,14 @@ def test_training_shows_the_bits_after_each_epoch(folders):
     explanation = explain(folders["grown"], "fc")
     assert explanation["bits"] == {row["epoch"]: row["layers"]["fc"] for row in report["epochs"]} and explanation["road"] == "grow"
     assert f"after each: {', '.join(map(str, explanation['bits'].values()))}." in explanation["why"][0]
+
+
+@pytest.mark.parametrize(("objective", "words"), [("likeliest planes", "the likeliest planes within"), (None, "started with")])
+def test_training_says_what_decided_the_bits(folders, tmp_path, objective, words):
+    report = json.loads((folders["grown"] / "report.json").read_text())
+    report["certificate"] = {"objective": objective} if objective else {}
+    del report["sha256"]
+    assert words in explain(written(tmp_path / "run", report), "fc")["why"][-1]
 
 
 def test_search_shows_the_evaluated_precisions(folders):

@@ -37,6 +37,7 @@ from anybit.files.whole import check_place
 from anybit.networks.canonical import Canonical
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import Pruned, codes_of, emptied, float_weight, quantized_layers
+from anybit.numerics.packing import TensorSpec
 from anybit.numerics.quantizers import frozen
 from anybit.progress import tell
 from anybit.runs.folder import is_run, new_folder
@@ -274,16 +275,9 @@ def verify_folder(
     """
     path = Path(folder)
     canonical, file = opened(run, model)
-    if not (path / CONFIG).is_file() or not (path / MODEL).is_file():
-        raise InvalidFile(f"{path} has no {CONFIG} or no {MODEL}. Write it with anybit export --compressed-tensors.")
+    specs, settings = _read_exported(path)
     embeddings = {name for name, layer in quantized_layers(canonical.model).items() if not type_of(layer).reads_numbers}
-    try:
-        specs, settings = read_header(path / MODEL)[0], read_json(path / CONFIG)
-    except InvalidFile as error:
-        raise InvalidFile(f"{error} Export the run again, with --overwrite.") from error
     exported, files = _exported(canonical, file, any(f"{name}.weight_packed" in specs for name in embeddings))
-    if not isinstance(settings, dict) or RUN not in settings:
-        raise InvalidFile(f"{path} is not a folder that anybit exported. Write one with anybit export --compressed-tensors.")
     if settings[RUN] != file.sha256:
         failures = ["The folder was exported from another run than this one, or the run has changed since."]
     else:
@@ -306,11 +300,10 @@ def verify_folder(
     with tempfile.TemporaryDirectory() as place:
         if embeddings & set(exported.packed):  # the same network with these in float32
             report["skipped"]["loading"] = "transformers 5 does not load packed embeddings; outputs are those with them in float32"
-            _write(Path(place), *_exported(canonical, file, embeddings=False), file)
+            path = Path(place)
+            _write(path, *_exported(canonical, file, embeddings=False), file)
         try:
-            from anybit.sources.huggingface.folder import loaded_folder
-
-            loaded = loaded_folder(Path(place) if report["skipped"] else path, _transformers_network(canonical))
+            loaded = _loaded(path, canonical)
         except ImportError as error:
             report["skipped"]["outputs"] = f"transformers does not load the format here: {' '.join(str(error).split())}"
             tell("result", ok=True, failures=[])
@@ -326,6 +319,26 @@ def verify_folder(
     report["ok"] = not failures
     tell("result", ok=report["ok"], failures=failures, accuracy=report.get("accuracy"))
     return report
+
+
+def _read_exported(path: Path) -> tuple[dict[str, TensorSpec], dict[str, Any]]:
+    """Return (the specs of an exported folder's tensors, its config.json). Raises InvalidFile unless anybit exported it."""
+    if not (path / CONFIG).is_file() or not (path / MODEL).is_file():
+        raise InvalidFile(f"{path} has no {CONFIG} or no {MODEL}. Write it with anybit export --compressed-tensors.")
+    try:
+        specs, settings = read_header(path / MODEL)[0], read_json(path / CONFIG)
+    except InvalidFile as error:
+        raise InvalidFile(f"{error} Export the run again, with --overwrite.") from error
+    if not isinstance(settings, dict) or RUN not in settings:
+        raise InvalidFile(f"{path} is not a folder that anybit exported. Write one with anybit export --compressed-tensors.")
+    return specs, settings
+
+
+def _loaded(path: Path, canonical: Canonical) -> nn.Module:
+    """Return the network of an exported folder, loaded by transformers. Raises ImportError if a package is missing."""
+    from anybit.sources.huggingface.folder import loaded_folder
+
+    return loaded_folder(path, _transformers_network(canonical))
 
 
 def _differences(

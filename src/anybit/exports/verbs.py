@@ -118,9 +118,12 @@ def verify(
     """Check an exported file against its run on real inputs. In the report, `ok` says whether all promises hold, `failures` lists those
     that do not.
 
+    run, model, cache   as for `export`, whose graph is reused
     data      inputs, labelled if accuracy is wanted; by default those of the run
+    metric    a function of (outputs, labels), higher is better: compared as well
     samples   number of inputs to run, from the first (None: all); codes are compared one by one on at most 64
-    cache     as for `export`, whose graph is reused
+
+    Raises InvalidFile if the file is not one of anybit's, InvalidInput if the data do not fit the network.
     """
     path = Path(onnx)
     canonical, file = opened(run, model)
@@ -180,7 +183,12 @@ def bench(
 ) -> dict[str, Any]:
     """Measure the exported file's size against its bits, and its latency against the float network's in the same runtime, alternating.
 
-    cache   as for `export`, whose graph is reused
+    run, model, data, cache   as for `export`, whose graph is reused
+    onnx         the exported file; None exports in memory
+    rounds       rounds of both files, about 0.05 s each
+    batch_size, threads   inputs per call, and threads of the runtime
+
+    Returns a report: bytes, and for each runtime the median ratio of latencies with its quartiles.
     """
     canonical, file = opened(run, model)
     inputs = inputs_for(run, file, canonical.model, data)
@@ -209,8 +217,11 @@ def profile(
     """Measure each layer's time in float and on integers on this machine, and store it for latency budgets.
 
     model, data, weights, preprocessing, keep  as for `calibrate`
+    rounds      rounds of the exported networks, about 0.05 s each
     overwrite   measure again even if the network was measured on this machine and runtime before
     cache       folder of the network's graph, as for `export`
+
+    Returns seconds per sample: of each layer, of its boundaries, and of whole networks.
     """
     network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else adapted_network(model)
     adjusted = with_model_defaults(preprocessing, network)

@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -126,10 +125,14 @@ def check_place(path: Path, option: str) -> None:
     if above != whole and not above.is_dir():
         raise InvalidSetting(f"{path} cannot be written: {above} is not a folder. Choose another {option}.")
     folder = above if above != whole else whole.parent
+    trial = folder / f".{secrets.token_hex(8)}.anybit"
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".", suffix=".anybit", dir=folder))  # permissions alone do not tell, as on /proc
+        os.mkdir(trial)  # permissions alone do not tell, as on /proc
     except OSError as error:
         raise InvalidSetting(f"{path} cannot be written: {folder} accepts no files ({error.strerror}). Choose another {option}.") from error
+    finally:
+        with suppress(OSError):
+            os.rmdir(trial)
 
 
 def _check_length(whole: Path, path: Path, option: str) -> None:

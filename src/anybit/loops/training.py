@@ -223,7 +223,7 @@ def drawn_batches(samples: Samples, settings: TrainSettings, count: int) -> list
 
 
 def _all_of(batches: Iterator[Batch], steps: int, epoch: int) -> Iterator[Batch]:
-    """Yield the batches. Raise InvalidInput, naming epoch and batch, where the data fails before `steps` of them came."""
+    """Yield the batches. Raises InvalidInput, naming epoch and batch, if the data fails before `steps` of them."""
     seen = 0
     try:
         for batch in batches:

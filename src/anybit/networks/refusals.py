@@ -203,7 +203,7 @@ def check_rows(model: nn.Module, outputs: Sequence[Tensor], batches: Sequence[Ba
 
 def _no_rows(model: nn.Module, output: Tensor, count: int) -> str:
     return (
-        f"The network's first output has shape {tuple(output.shape)} for {count} input(s), which are no rows per input. Let "
+        f"The network's first output has shape {tuple(output.shape)} for {count} input(s), no fixed number of rows per input. Let "
         f"{type(model).__name__} return its prediction for each input first"
         + (", with flatten(1) in place of a squeeze() that drops a batch of one." if count == 1 else ".")
     )

@@ -233,6 +233,15 @@ class Wiring:
         """Return the layers of a supported class that ran, in order of their first call."""
         return list(dict.fromkeys(op.name for op in self.operations if op.kind == LAYER))
 
+    def constant_layers(self) -> set[str]:
+        """Return the layers that do not depend on the inputs in any of their calls."""
+        depends, varying = set(self.input_values), set[str]()
+        for op in self.operations:
+            if depends & set(op.inputs):
+                depends.update(op.outputs)
+                varying.update([op.name] if op.kind == LAYER else [])
+        return set(self.layer_names()) - varying
+
     def batch_norm_after(self, layer: str) -> str | None:
         """Return the batch norm that alone reads this layer's output and normalizes its channels, both called once; None if there is
         none."""

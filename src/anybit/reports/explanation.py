@@ -290,7 +290,9 @@ def _of_training(record: Record, layer: str) -> dict[str, Any]:
     said = [f"{layer} is {record.layers[layer].precision} after {len(epochs)} epochs of training. Its weight bits after each: {widths}."]
     if moved:
         said.append(f"They last changed in epoch {moved[-1]}.")
-    said.append("Training has no table of losses at other bits: the gates decided, under the budget's penalty.")
+    sought = record.certificate.objective
+    decided = f"the {sought} within the budget decided" if sought else "its bits are those that training started with"
+    said.append(f"Training has no table of losses at other bits: {decided}.")
     return {"bits": bits, "why": said}
 
 

@@ -48,7 +48,7 @@ Context = dict[str, Any]
 def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Path:
     """Write one page that compares finished runs of any workflow; a folder of several runs counts as all of them.
 
-    Raises InvalidFile naming a folder that is not a run, InvalidSetting if `output` exists.
+    Returns the path of the page. Raises InvalidFile naming a folder that is not a run, InvalidSetting if `output` exists.
     """
     path = Path(output)
     check_place(path, "--output")

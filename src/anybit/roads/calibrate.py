@@ -11,8 +11,8 @@ from torch import nn
 from anybit.allocation.choice import Choice, Judge, check_feasible
 from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
 from anybit.calls import public
-from anybit.data.batches import check_finite
-from anybit.data.samples import Samples, draw, mirrored, split
+from anybit.data.batches import Batch, check_finite
+from anybit.data.samples import Calibration, Samples, draw, mirrored, split
 from anybit.data.tasks import LabelledOutputs, Metric, WeightedErrors, labels_in, measure, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
@@ -23,12 +23,12 @@ from anybit.methods.table import rounding_named
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import as_ranges
 from anybit.networks.fingerprint import fingerprint_of
-from anybit.networks.observed import has_choice, observe_network, with_coarse
+from anybit.networks.observed import ObservedNetwork, has_choice, observe_network, with_coarse
 from anybit.networks.refusals import as_observed, check_rows
 from anybit.networks.states import restore
 from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
-from anybit.roads.expected import Calibration
+from anybit.roads import expected
 from anybit.roads.inputs import (
     check_metric_has_labels,
     checked_tests,
@@ -95,13 +95,14 @@ def calibrate(
     """Turn a trained network into a low-bit one, with a few hundred inputs and a budget.
 
     model     a network, or a reference to one ("file.py:function")
-    data      inputs: a data set, arrays, Samples, or a reference; labels are used only by reports and "drop=" budgets
+    data      inputs: a data set, an array [N, ...] or (x, y) of them, Samples, or a reference; labels are used only by reports and
+              "drop=" budgets
     budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list returns a list of results that share their candidates
     weights   file of a state dict, loaded into a network given by reference
     preprocessing  of images given by reference; recorded for later verbs, with absolute references
     test      labelled data for the report; nothing is chosen on it
     metric    a function of (outputs, labels), higher is better: reported, and used by "drop=" budgets in place of top-1
-    workers   processes that load data
+    workers   number of processes that load data
     device    where to compute; the result is on the CPU
     cache     store the result of every stage, in this folder or (True) in the user's cache directory: a run that was killed, or has another
               budget, reuses finished results, and ends with the same bytes
@@ -122,7 +123,10 @@ def calibrate(
     tests = read_alike(tests, samples, network, options.task)
     clock = StageClock()
     entries = open_cache(cache)
-    plan(Calibration.of_model(network, options, len(samples), 0 if tests is None else len(tests), len(budgets)).stages(), measured=False)
+    plan(
+        expected.Calibration.of_model(network, options, len(samples), 0 if tests is None else len(tests), len(budgets)).stages(),
+        measured=False,
+    )
     bench = prepare_bench(network, samples, options, [one for one in budgets if one], clock, metric, entries, tests)
     saved = {
         "table": bench.table.to_json(),
@@ -145,19 +149,12 @@ def prepare_bench(
     cache: Cache = Cache(),
     tests: Samples | None = None,
 ) -> CalibrationState:
-    """Run everything up to the sensitivity table. Raises for infeasible budgets, bad labels and bad metrics before the long work."""
+    """Run everything up to the sensitivity table. Raises for infeasible budgets, bad labels and bad metrics before the long work.
+
+    Long, because it is the list of the road's stages, each computed or taken from the cache, whose key every stage extends.
+    """
     with clock.stage("observe and fold"):
-        calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
-        check_finite(calibration.fitting + calibration.held_out)
-        if settings.mirror:
-            calibration = mirrored(calibration)
-        example = example_of(calibration)
-        network = with_coarse(with_latencies(observe_network(model, example, settings.options), budgets), calibration.fitting[0])
-        for note in notes_on(network):
-            tell("note", note=note)
-        check_memory(network, calibration, settings)
-        for budget in budgets:
-            check_feasible(network, budget)
+        network, calibration, example = _observed(model, samples, settings, budgets)
     with clock.stage("float outputs"), torch.no_grad(), as_observed(network.float_model, network.calls):
         references = [outputs_of(network.float_model, [batch]) for batch in calibration.fitting]
         held_out = [outputs_of(network.float_model, [batch]) for batch in calibration.held_out]
@@ -183,7 +180,7 @@ def prepare_bench(
             measure(metric, task.tensors(reference), labels)
     forward = clock.stages[-1]["seconds"] / sum(calibration.count())
     tested = 0 if tests is None else len(tests)
-    plan(Calibration.of_network(network, settings, calibration.count(), tested, max(len(budgets), 1), forward).stages())
+    plan(expected.Calibration.of_network(network, settings, calibration.count(), tested, max(len(budgets), 1), forward).stages())
     float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
     with clock.stage("ranges"):
         ranged = candidates = cached_candidates(cache, "ranges", network, lambda: range_candidates(network, calibration, settings))
@@ -213,6 +210,24 @@ def prepare_bench(
     return CalibrationState(
         network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors, float_test
     )
+
+
+def _observed(
+    model: nn.Module, samples: Samples, settings: CalibrateSettings, budgets: Sequence[Budget]
+) -> tuple[ObservedNetwork, Calibration, Batch]:
+    """Return (the observed network, its fitting and held-out inputs, two of them). Raises for infeasible budgets and too little memory."""
+    calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
+    check_finite(calibration.fitting + calibration.held_out)
+    if settings.mirror:
+        calibration = mirrored(calibration)
+    example = example_of(calibration)
+    network = with_coarse(with_latencies(observe_network(model, example, settings.options), budgets), calibration.fitting[0])
+    for note in notes_on(network):
+        tell("note", note=note)
+    check_memory(network, calibration, settings)
+    for budget in budgets:
+        check_feasible(network, budget)
+    return network, calibration, example
 
 
 def finish(

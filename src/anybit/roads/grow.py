@@ -2,7 +2,7 @@
 
 import copy
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,12 +185,7 @@ def grow(
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; AnybitError if the loss becomes NaN.
     """
     grow_settings = GrowSettings.of(**settings)
-    if isinstance(budget, (list, tuple)):
-        raise InvalidSetting("grow takes one budget, because each needs its own training. Run grow once per budget.")
-    if budget is not None and scheme is not None:
-        raise InvalidSetting("Give a budget or a scheme, not both: a scheme already fixes the bits.")
-    budget = Budget.parse(budget) if budget is not None else None
-    scheme = read_scheme(Path(scheme)).scheme if isinstance(scheme, (str, Path)) else scheme
+    budget, scheme = _parsed_target(budget, scheme)
     method = grow_method_name(grow_settings.method, scheme is not None)
     place = checkpoint_place(checkpoint)
     clock = StageClock()
@@ -239,19 +234,7 @@ def grow(
         canonical = frozen(trainee, network, few)
     with clock.stage("edge ranges"):
         canonical = finished(canonical, network.wiring, few)
-    report: dict[str, Any] = {
-        "version": 1,
-        "road": "grow",
-        "budget": str(budget) if budget else None,
-        "result": network.costs.summary(canonical.scheme),
-        "float_bytes": network.costs.float_bytes,
-        "layers": layer_costs(network.costs, canonical.scheme),
-        "epochs": epochs,
-        "uncovered": dict(network.uncovered),
-        **notes_of(about, network),
-        "settings": grow_settings.to_json() | {"method": method},
-        "environment": environment(),
-    }
+    report = _report(network, canonical.scheme, budget, epochs, notes_of(about, network), grow_settings, method)
     if tests is not None:
         with clock.stage("test"):
             report["float_test"] = float_test
@@ -269,3 +252,38 @@ def grow(
     tell("allocation", budget=report["budget"], certificate=certificate, scheme=canonical.scheme)
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
     return Result(canonical, report | {"certificate": certificate}, about)
+
+
+def _parsed_target(budget: str | Budget | None, scheme: Scheme | str | Path | None) -> tuple[Budget | None, Scheme | None]:
+    """Return the parsed budget and the scheme, of a run if it is a path. Raises InvalidSetting unless at most one of them is given."""
+    if isinstance(budget, (list, tuple)):
+        raise InvalidSetting("grow takes one budget, because each needs its own training. Run grow once per budget.")
+    if budget is not None and scheme is not None:
+        raise InvalidSetting("Give a budget or a scheme, not both: a scheme already fixes the bits.")
+    parsed = Budget.parse(budget) if budget is not None else None
+    return parsed, read_scheme(Path(scheme)).scheme if isinstance(scheme, (str, Path)) else scheme
+
+
+def _report(
+    network: ObservedNetwork,
+    scheme: Scheme,
+    budget: Budget | None,
+    epochs: list[dict[str, Any]],
+    notes: Mapping[str, Any],
+    settings: GrowSettings,
+    method: str,
+) -> dict[str, Any]:
+    """Return the JSON report, without tests and times."""
+    return {
+        "version": 1,
+        "road": "grow",
+        "budget": str(budget) if budget else None,
+        "result": network.costs.summary(scheme),
+        "float_bytes": network.costs.float_bytes,
+        "layers": layer_costs(network.costs, scheme),
+        "epochs": epochs,
+        "uncovered": dict(network.uncovered),
+        **notes,
+        "settings": settings.to_json() | {"method": method},
+        "environment": environment(),
+    }

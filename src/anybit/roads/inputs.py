@@ -24,10 +24,10 @@ from anybit.progress import tell
 from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
+from anybit.sources.images import common_classes
 from anybit.sources.inputs import compared, first_samples, samples_from, with_class_numbers
 from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
-from anybit.sources.pictures import common_classes
 from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import RANDOM, check_device
 from anybit.supernets.supernet import Supernet

@@ -27,7 +27,7 @@ def absolute(reference: str) -> str:
 
 
 def call_user_function(function: Callable, what: str) -> Any:
-    """Call the user's function. Raise InvalidSetting naming it on any error."""
+    """Call the user's function. Raises InvalidSetting naming it on any error."""
     try:
         return function()
     except AnybitError:

@@ -84,7 +84,7 @@ def _loader(config: Any, task: str | None) -> Any:
     return named if named is not None else transformers.AutoModel
 
 
-def picture_settings(model: transformers.PreTrainedModel) -> dict[str, Any]:
+def image_settings(model: transformers.PreTrainedModel) -> dict[str, Any]:
     """Return mean, std, size, resize and interpolation of the model's images from its preprocessor_config.json; {} if it has none."""
     config = json_of(model, "preprocessor_config.json")
     settings: dict[str, Any] = {}

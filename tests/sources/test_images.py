@@ -7,8 +7,8 @@ import torch
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.progress import listening
 from anybit.roads.inputs import follow_model
+from anybit.sources.images import common_classes, read_image
 from anybit.sources.inputs import load_data
-from anybit.sources.pictures import common_classes, read_image
 from anybit.sources.preprocessing import Preprocessing
 
 Image = pytest.importorskip("PIL.Image")
@@ -148,7 +148,7 @@ def test_rejects_names_in_one_folder_and_numbers_in_the_other(tmp_path):
 def test_rejects_two_folders_of_one_class(names, tmp_path):
     for name in names:
         save(tmp_path / name / "p.png")
-    with pytest.raises(InvalidInput, match=r"with the same number|with the same name"):
+    with pytest.raises(InvalidInput, match=r"same number|same name"):
         load_data(str(tmp_path))
 
 
