@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anybit.data.tasks import Metric, beside, check_metric_on, outputs_of
+from anybit.data.tasks import Metric, check_metric_on, compare_exported, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
 from anybit.files.strict import load_tensors, read_header, read_json
@@ -311,7 +311,7 @@ def verify_folder(
     with redirect_stderr(io.StringIO()):  # unpacking, at the first inputs, prints a progress bar
         there = outputs_of(loaded, batches)
     simulated = outputs_of(canonical.model, batches)
-    report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
+    report |= {"inputs": len(inputs)} | compare_exported(simulated, there, batches, file.task, metric)
     floats = all(precision.activation_bits is None for precision in canonical.scheme.values())
     apart, largest = report["simulation"]["largest_difference"], report["simulation"]["largest_output"]
     if floats and not apart <= FLOAT_TOLERANCE * largest:  # also fails for NaN

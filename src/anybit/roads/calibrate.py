@@ -17,7 +17,7 @@ from anybit.data.tasks import LabelledOutputs, Metric, WeightedErrors, labels_in
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import UnsupportedModel
-from anybit.files.cache import Cache, open_cache, settle
+from anybit.files.cache import Cache, open_cache, report_and_trim
 from anybit.files.contents import contents_of
 from anybit.methods.table import rounding_named
 from anybit.networks.canonical import Canonical
@@ -135,7 +135,7 @@ def calibrate(
         "network": weights_digest(bench.network),
     }
     results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages))) for one in budgets]
-    settle(entries)
+    report_and_trim(entries)
     return results if several else results[0]
 
 
@@ -252,7 +252,7 @@ def finish(
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
-    report |= notes_of(provenance, network)
+    report |= notes_of(provenance, network) | _float_held_out(bench.judge)
     if isinstance(apart := bench.judge.task.distance, WeightedErrors):
         with clock.stage("outputs"):
             of_each = apart.of_each(outputs_of(canonical.model, bench.calibration.held_out), bench.judge.reference)
@@ -273,6 +273,13 @@ def finish(
     provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task.name}
     provenance["outputs"] = dict(bench.settings.outputs) or None
     return Result(canonical, report, provenance, bench.candidates, dict(saved))
+
+
+def _float_held_out(judge: Judge) -> dict[str, Any]:
+    """Return the float network's scores on the held-out inputs, beside which those of the schemes are read."""
+    scores = judge.of_outputs(judge.reference)
+    del scores["loss"]
+    return {"float_held_out": scores} if scores else {}
 
 
 def _within_drop(bench: CalibrationState, drop: float, polished: nn.Module) -> bool:
