@@ -25,6 +25,7 @@ a 20.13-fold reduction (bits without sign, as CSQ counts them). Deviations:
   * Budgets count two's-complement bits, every layer by its weights, as everywhere in anybit. No layer is pruned.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -157,11 +158,15 @@ class MSQ:
         return {n: layer.weight_quantizer for n, layer in self.layers.items() if isinstance(layer.weight_quantizer, ShrinkingWeight)}
 
     @property
+    def decided(self) -> bool:
+        """Return whether the scheme is final."""
+        return self.budget is None or self.rounds == self.settings.drops
+
+    @property
     def shrinking(self) -> dict[str, ShrinkingWeight]:
         """Return layer -> weight slot, for layers that may still lose bits."""
-        if self.budget is None or self.rounds == self.settings.drops:
-            return {}
-        return {name: slot for name, slot in self.slots.items() if slot.bits > (self.choices[name][0].weight_bits or 0)}
+        least = {name: options[0].weight_bits or 0 for name, options in self.choices.items()}
+        return {} if self.decided else {name: slot for name, slot in self.slots.items() if slot.bits > least[name]}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return scales and all other parameters, each at their rate."""
@@ -186,7 +191,7 @@ class MSQ:
     def see_gradients(self) -> None:
         """Add the last step's gradients to the average and clear them, so that none counts twice."""
         seen = False
-        for name in self.shrinking:
+        for name in () if self.decided else self.slots:
             weight = float_weight(self.layers[name])
             if weight.grad is not None:
                 squares = weight_rows(self.layers[name], weight.grad).square().mean(1)
@@ -221,8 +226,8 @@ class MSQ:
         limits = []
         for cost, limit in budget.costs():
             on_the_way = limit + (1 - reached) * max(cost.total(self.costs, start) - limit, 0.0)
-            most = on_the_way if cost.most is None else max(limit, min(on_the_way, cost.most(self.costs)))
-            limits.append(Condition(cost.name, most))
+            allowed = math.inf if cost.most is None else cost.most(self.costs)  # of a tiny network, the start may need more
+            limits.append(Condition(cost.name, max(limit, min(on_the_way, allowed))))
         return Budget(budget.text, tuple(limits))
 
     def losses(self, choices: Mapping[str, Sequence[Precision]]) -> dict[tuple[str, Precision], float]:

@@ -369,7 +369,7 @@ def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Ten
     observer = _Observer(model, on_value)
     batch = replace(batch, inputs=map_tensors(batch.inputs, Tensor.clone))  # the forward may modify them
     try:
-        with torch.no_grad(), evaluating(model), observer.hooks(), observer, plainly():
+        with torch.no_grad(), evaluating(model), observer.hooks(), observer, without_replacing():
             observer.begin(batch)
             output = run(model, batch.inputs)
     except (InvalidInput, UnsupportedModel):
@@ -377,8 +377,8 @@ def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Ten
     except Exception as error:  # a model's own checks may raise any error
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(batch.inputs))
         remedy = "Check --data, --size and the model's own input shape."
-        said = " ".join(str(error).split())
-        raise InvalidInput(f"The model refuses inputs of shape {shapes}: {type(error).__name__}: {said}. {remedy}") from error
+        message = " ".join(str(error).split())
+        raise InvalidInput(f"The model refuses inputs of shape {shapes}: {type(error).__name__}: {message}. {remedy}") from error
     return observer.finish(output, len(batch)), output
 
 
@@ -386,7 +386,7 @@ _PLAIN = ContextVar("plain", default=False)
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
+def without_replacing() -> Iterator[None]:
     """Disable `run_replacing` inside the block, so that the network itself is observed."""
     token = _PLAIN.set(True)
     try:
@@ -488,13 +488,13 @@ class _Replacer(_Namer):
         if self.inside_leaf:
             return output
         kind = _bare_name(func)
-        made = args[0] if kind == "setitem" else output
-        if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors_in(made)):
+        created = args[0] if kind == "setitem" else output
+        if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors_in(created)):
             return output
         arguments = (args[:1] if kind.endswith("_as") else args), kwargs
         if not any(tensor in self.values for tensor in tensors_in(arguments)):
             return output
-        shown = self._record(f"{self.stack[-1]}/{kind}".lstrip("/"), kind, self.stack[-1], arguments, made)
+        shown = self._record(f"{self.stack[-1]}/{kind}".lstrip("/"), kind, self.stack[-1], arguments, created)
         return output if kind == "setitem" else shown
 
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> Any:
@@ -572,8 +572,8 @@ class _Observer(_Namer):
             if not read and type_of(module).reads_numbers:
                 raise UnsupportedModel(f"Layer {name} receives no tensor. Pass it one, or remove the layer.")
             self.shapes_read[name] = tuple(read[0].shape) if read else ()
-            if read and (how := surroundings_of(read[0])):
-                self.surroundings[name] = how
+            if read and (context := surroundings_of(read[0])):
+                self.surroundings[name] = context
 
     def _note_sole_input(self, name: str, arguments: tuple[tuple, dict]) -> None:
         places = map_leaves(arguments, Tensor, lambda tensor: _Place(self.values.get(tensor)))
@@ -591,8 +591,8 @@ class _Observer(_Namer):
         output = func(*args, **kwargs)
         if not self.inside_leaf:
             kind, owner = _bare_name(func), self.stack[-1]
-            made = args[0] if kind == "setitem" else output
-            tensors = tensors_in(made)
+            created = args[0] if kind == "setitem" else output
+            tensors = tensors_in(created)
             self._note_constants(kind, tensors_in((args, kwargs)), tensors)
             if not tensors and kind not in ESCAPES:  # a shape, a type, a device: most calls
                 return output
@@ -607,15 +607,15 @@ class _Observer(_Namer):
                 self._alias(output, reads[0])
             elif reads and makes:
                 marked = self.marks.get(self.values[reads[0]]) if kind in RESHAPES else None
-                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, arguments, made, _activation(kind, args, kwargs))
+                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, arguments, created, _activation(kind, args, kwargs))
                 if marked is not None:
                     self._mark(marked, tensors, func, args, kwargs)
         return output
 
-    def _note_constants(self, kind: str, read: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+    def _note_constants(self, kind: str, read: Sequence[Tensor], created: Sequence[Tensor]) -> None:
         """Note which tensors do not depend on the inputs: those computed from others like them, or from sizes."""
         constant = kind not in LITERALS and all(tensor in self.constants for tensor in read)
-        for tensor in made:
+        for tensor in created:
             if constant:
                 self.constants[tensor] = None
             else:

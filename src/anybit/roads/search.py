@@ -299,8 +299,7 @@ def search(
     budget      one or several, each as for `calibrate`, but only costs
     model, metric, workers, device  as for `calibrate`
     cache       store every evaluation, in this folder or (True) in the user's cache directory: a search that was interrupted, or has
-                another
-                budget, does not repeat them. Scores of another supernet, data or metric are never reused
+                another budget, does not repeat them. Scores of another supernet, data or metric are never reused
 
     Raises InfeasibleBudget with the smallest possible budget if no subnet fits one.
     """
