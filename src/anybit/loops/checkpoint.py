@@ -54,7 +54,7 @@ def save_checkpoint(
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).contiguous().clone() for key, value in state.items()}
     tensors |= {f"method.{key}": tensor.contiguous().clone() for key, tensor in trainee.state().items()}
     stored = json.dumps({"version": 1, "records": records, "identity": dict(identity), "decisions": trainee.decisions()})
-    restart = "Make room, or choose another --output."
+    restart = "Make room, or choose another --checkpoint."
     on = f"Make room: the same command continues from the checkpoint of epoch {len(records) - 1}."
     with whole_file(path, on if path.is_file() else restart) as draft:
         save_file(tensors, draft, metadata={"anybit": stored, DIGEST: _digest(stored, tensors)})
@@ -82,7 +82,7 @@ def resume_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optim
         changes = "; ".join(
             f"{key} was {reprlib.repr(stored.identity.get(key))} and is now {reprlib.repr(identity.get(key))}" for key in sorted(different)
         )
-        raise InvalidSetting(f"{path.parent} holds an unfinished run with other settings: {changes}. Use the same, or another --output.")
+        raise InvalidSetting(f"{path} holds an unfinished training with other settings: {changes}. Use the same, or another --checkpoint.")
     records = content["records"]
     _check_records(records, trainee, path)
     tensors = read_tensors(path, _expected(specs, trainee, optimizer))

@@ -38,7 +38,7 @@ from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.expected import training_stages
-from anybit.roads.inputs import notes_of, training_inputs
+from anybit.roads.inputs import checkpoint_place, notes_of, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.settings import GrowSettings
@@ -187,6 +187,7 @@ def grow(
     grow_settings = GrowSettings.of(**settings)
     budget, scheme = _parsed_target(budget, scheme)
     method = grow_method_name(grow_settings.method, scheme is not None)
+    place = checkpoint_place(checkpoint)
     clock = StageClock()
     float_model, samples, tests, provenance = training_inputs(
         model, weights, train, test, metric, preprocessing, workers, device, grow_settings.task, grow_settings.outputs
@@ -213,7 +214,7 @@ def grow(
         float_test = evaluate_model(float_model, tests.batches(256), task, metric)
         watched = watched_batches(tests, grow_settings.train.seed)
     identity = None
-    if checkpoint is not None:
+    if place is not None:
         with clock.stage("contents of the data"):
             chosen = {"budget": str(budget), "scheme": scheme and str(scheme), **grow_settings.to_json()}
             identity = training_identity(float_model, samples, few[0], chosen)
@@ -225,7 +226,7 @@ def grow(
             task,
             float_model if grow_settings.train.distill else None,
             batchnorm.folded_gammas(trainee.model, network.norms),
-            None if checkpoint is None else Path(checkpoint),
+            place,
             identity,
             None if tests is None else lambda: soft_and_frozen(trainee, network, few, watched, task, metric),
         )
