@@ -5,7 +5,7 @@
     uniform     W4A8, W4A4, W3A3, W2A4, W2A2, first and last layer at 8 bits, three seeds; below 4 bits also with long settings
     ladder      the gain of each step at each of these, one seed
     solver      with and without the closed-form solver: light, and 300 steps of AdaQuant; with processor times of one run
-    roundings   each rounding alone, 100 steps from ranges on 512 images, one seed; with processor times of one run
+    roundings   each rounding alone, 300 steps from ranges on 512 images, one seed; with processor times of one run
     mixed       4, 3 and 2.5 weight bits on average, everything in the budget: A8, and searched activation bits; three seeds
     small-sets  W4A4 from 8 to 1,024 images, three draws: ranges only, AdaQuant layer-wise and block-wise
     scatter     predicted against measured loss at 3 bits: integer program, 20 random schemes that fit, uniform
@@ -122,8 +122,8 @@ def solver(study: Calibration) -> None:
 
 
 def roundings(study: Calibration) -> None:
-    settings = {"solver": "none", "steps": 100, "samples": 512}
-    for w, a in PRECISIONS[:4]:
+    settings = {"solver": "none", "steps": 300, "samples": 512}
+    for w, a in ((3, 3), (4, 4), (2, 4), (4, 8)):
         for name in ROUNDINGS:
             study.measured(f"W{w}A{a} {name}", lambda w=w, a=a, name=name: study.timed(**fixed(w, a), rounding=name, **settings))
 

@@ -12,8 +12,8 @@ Source: Lee, Kim, Kwon, Lee, "FlexRound: Learnable Rounding based on Element-wis
 
   * The scale of the codes is one a channel (published: mostly one a tensor), so that s3 differs from it in the divisor alone.
   * Convolutions have no factor s4 of each input channel: a rounding sees rows of weights, not kernels, and S2 includes it.
-  * Factors are trained as logarithms, which keeps them positive; their rate, for hundreds of steps, is the best of
-    0.001, 0.003, 0.01, 0.03 and 0.1 on ResNet-20 at W3A3 (the published one is not known here).
+  * Factors are trained as logarithms, which keeps them positive; their rates are our own, for hundreds of steps (the
+    published ones are not known here).
   * The sequential form starts at the float weights, whatever the parallel form's result: no division moves a code of zero.
 """
 
@@ -35,7 +35,7 @@ class FlexRound(nn.Module):
     weight: Tensor
     resumes = False
 
-    def __init__(self, start: Tensor, quantizer: UniformQuantizer, factor_rate: float = 3e-2, scale_rate: float = 1e-3):
+    def __init__(self, start: Tensor, quantizer: UniformQuantizer, factor_rate: float = 3e-3, scale_rate: float = 1e-3):
         super().__init__()
         self.bits, self.limits = quantizer.bits, quantizer.limits
         self.factor_rate, self.scale_rate = factor_rate, scale_rate
