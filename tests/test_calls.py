@@ -59,5 +59,5 @@ def test_rejects_number_out_of_range_by_name(name, number):
 def test_rejects_unknown_device_by_name(device):
     model, data = make(Chain), (pictures(4), torch.arange(4))
     for call in (anybit.evaluate, anybit.calibrate):
-        with pytest.raises(InvalidSetting, match=f"device='{device}' is no device"):
+        with pytest.raises(InvalidSetting, match=f"device='{device}' is not a device"):
             call(model, data, device=device)

@@ -31,6 +31,8 @@ class ResNet20(Entries):
         if images:
             self.train = draw(self.train, images, 0)
         self.test = load_data(f"{arguments.data}#test", PREPROCESSING)
+        if few := getattr(arguments, "test_images", None):
+            self.test = self.test.subset(range(few))
 
     @property
     def seeds(self) -> int:
@@ -84,6 +86,7 @@ def training_parser(description: str | None, studies: Iterable[str], seeds: int,
     options.add_argument("--epochs", type=int, default=epochs)
     options.add_argument("--batch-size", type=int, default=256)
     options.add_argument("--images", type=int, help="train on so many of the images, drawn once")
+    options.add_argument("--test-images", type=int, help="score on the first so many test images")
     options.add_argument("--test-once", action="store_true", help="test the end alone, not each epoch (`choices` of grow needs each)")
     options.add_argument("--rounds", type=int, default=10)
     options.add_argument("--device", default="cpu")

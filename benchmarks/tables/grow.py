@@ -5,7 +5,10 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from benchmarks.tables.shared import NOT_RUN, entries, spread, table
+from benchmarks.tables.shared import NOT_RUN, entries, hits, paired_interval, spread, table
+
+GROWING_IMAGES = 2500
+"""Test images that all runs of `growing` were scored on."""
 
 LABELS = ("float activations", "A4")
 
@@ -40,6 +43,29 @@ def methods_section() -> str:
     head = f"Float, trained as long by the same recipe: {spread(floats)}.\n\n" if floats else ""
     columns = ["activations", "method", "top-1, mean (range)", "below float", "bits per weight", "planes per layer (paper's count)", "size"]
     return head + table(columns, rows)
+
+
+def growing_section() -> str:
+    """The methods that grow a scheme in a short run, beside uniform training."""
+    runs = entries("grow_resnet20_growing_3200")
+    uniform, rows = runs.get("LSQ W3 seed 0"), []
+    for key, run in runs.items():
+        differs = paired_interval(run["right"], uniform["right"], GROWING_IMAGES) if uniform and run is not uniform else ""
+        bits = sorted({int(precision.removeprefix("W")) for precision in run["layers"].values()} if run["weight_bits"] < 32 else [])
+        spans = f"{bits[0]} to {bits[-1]}" if len(bits) > 1 else ""
+        rows.append(
+            [
+                key,
+                f"{100 * hits(run['right'], GROWING_IMAGES).mean():.2f}",
+                differs,
+                f"{run['weight_bits']:.2f}",
+                spans,
+                f"{run['epochs'][-1]['loss']:.4f}",
+            ]
+        )
+    return table(
+        ["one run each", "top-1", "against uniform LSQ (95 % interval)", "bits per weight", "bits of layers", "training loss"], rows
+    )
 
 
 def tried_section() -> str:
@@ -131,6 +157,7 @@ def scratch_section() -> str:
 
 SECTIONS = {
     "GROW": methods_section,
+    "GROWING": growing_section,
     "GROWTRIED": tried_section,
     "CHOICES": choices_section,
     "AGREEMENT": agreement_section,

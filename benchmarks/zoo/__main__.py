@@ -35,11 +35,14 @@ NETWORKS: dict[str, ZooNetwork] = {
     for library, table in (("torchvision", torchvision_table), ("timm", timm_table), ("transformers", transformers_table))
     for name, network in table.NETWORKS.items()
 }
+WAITING = 4
+"""Limit of the elapsed time, as a multiple of the processor's."""
+
 PACKAGES = ("torchvision", "timm", "transformers", "onnx", "onnxruntime", "onnxscript")
 
 
-def child(name: str, source: Source, all_steps: bool, memory: int, file: str) -> None:
-    """Run one network's steps in this process; write the state to `file` after each."""
+def child(name: str, source: Source, all_steps: bool, limits: tuple[int, int], file: str) -> None:
+    """Run one network's steps in this process; write the state to `file` after each. `limits` are processor seconds and bytes."""
     from benchmarks.zoo.steps import run_steps
 
     os.setsid()  # so that its child processes can be ended with it
@@ -47,7 +50,8 @@ def child(name: str, source: Source, all_steps: bool, memory: int, file: str) ->
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     os.environ["XDG_STATE_HOME"] = os.path.dirname(file)
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (limits[0], limits[0] + 5))
+    resource.setrlimit(resource.RLIMIT_AS, (limits[1], limits[1]))
 
     def keep(entry: Mapping[str, Any]) -> None:
         Path(file + ".new").write_text(json.dumps(entry))
@@ -61,18 +65,20 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     source = Source(arguments.images, arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "entry.json"
+        limits = arguments.limit, arguments.memory * 2**30
         process = multiprocessing.get_context("fork").Process(
-            target=child, args=(name, source, arguments.steps == "all", arguments.memory * 2**30, str(file))
+            target=child, args=(name, source, arguments.steps == "all", limits, str(file))
         )
         process.start()
-        process.join(arguments.limit)
+        process.join(WAITING * arguments.limit)  # others may share the machine
         ended = process.is_alive()
         if ended and process.pid is not None:
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
+        ended |= process.exitcode == -signal.SIGXCPU
         entry = json.loads(file.read_text()) if file.is_file() else {"seconds": {}, "failures": [], "running": "build"}
     if (running := entry.pop("running", None)) is not None:
-        why = f"no end within {arguments.limit} s" if ended else f"the process ended with {process.exitcode}"
+        why = f"no end within {arguments.limit} s of the processor" if ended else f"the process ended with {process.exitcode}"
         entry["failures"].append({"step": running, "kind": "limit" if ended else "crash", "class": "", "message": why, "place": ""})
     return entry | {"seed": arguments.seed, "code": code_version()[:12]}
 
@@ -109,7 +115,7 @@ def main() -> None:
     options.add_argument("--steps", choices=("all", "inspect"), default="all")
     options.add_argument("--retry", action="store_true", help="run those again that failed")
     options.add_argument("--stale", action="store_true", help="run those again that other code of anybit has run")
-    options.add_argument("--limit", type=int, default=240, help="seconds of a network, at most")
+    options.add_argument("--limit", type=int, default=240, help="processor seconds of a network, at most")
     options.add_argument("--memory", type=int, default=12, help="GiB of addresses of a network's process, at most")
     options.add_argument("--seed", type=int, default=0)
     arguments = options.parse_args()

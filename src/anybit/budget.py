@@ -246,7 +246,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Budget:
-    """Conditions that must all hold, and their original text."""
+    """Conditions that must all hold, and their original text: `Budget.parse("4bit,bops=2G")`."""
 
     text: str
     conditions: tuple[Condition, ...]
@@ -274,13 +274,13 @@ class Budget:
 
     def costs(self) -> list[tuple[Cost, float]]:
         """Return the limited costs, each with its limit."""
-        found = ((QUANTITIES[condition.quantity], condition.limit) for condition in self.conditions)
-        return [(quantity, limit) for quantity, limit in found if isinstance(quantity, Cost)]
+        limited = ((QUANTITIES[condition.quantity], condition.limit) for condition in self.conditions)
+        return [(quantity, limit) for quantity, limit in limited if isinstance(quantity, Cost)]
 
     def loss(self) -> Loss | None:
         """Return the limited loss, or None."""
-        found = (QUANTITIES[condition.quantity] for condition in self.conditions)
-        return next((quantity for quantity in found if isinstance(quantity, Loss)), None)
+        limited = (QUANTITIES[condition.quantity] for condition in self.conditions)
+        return next((quantity for quantity in limited if isinstance(quantity, Loss)), None)
 
     def __str__(self) -> str:
         return self.text
@@ -331,7 +331,7 @@ def check_counts_weights(budget: Budget) -> None:
 
 
 def bits_above(budget: Budget, costs: Costs, scheme: Precisions) -> float:
-    """Return the stored bits a weight by which a scheme exceeds a budget of weights; below zero, what it has in hand."""
+    """Return the stored bits per weight by which a scheme exceeds a budget of weights; negative if it is below."""
     over = []
     for cost, limit in budget.costs():
         bits = cost.scale(costs) * cost.stored_bits  # of the file, in one unit of the limit
@@ -340,11 +340,11 @@ def bits_above(budget: Budget, costs: Costs, scheme: Precisions) -> float:
 
 
 def check_within(budget: Budget, costs: Costs, largest: Precisions, whose: str, remedy: str) -> None:
-    """Raise InvalidSetting where a limit is above what the largest scheme needs; `whose` and `remedy` say so in the method's words."""
+    """Raise InvalidSetting if a limit exceeds the cost of the largest scheme; `whose` and `remedy` word it for the method."""
     for quantity, limit in budget.costs():
         most = quantity.total(costs, largest)
         if limit > most:
-            raise InvalidSetting(f"A budget of {limit:g} {quantity.name} is above what {whose}, {most:g}. Lower the budget, or {remedy}.")
+            raise InvalidSetting(f"A budget of {limit:g} {quantity.name} exceeds what {whose}, {most:g}. Lower the budget, or {remedy}.")
 
 
 def check_is_counted(budget: Budget) -> None:

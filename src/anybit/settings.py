@@ -363,7 +363,7 @@ class Settings:
         Raises InvalidFile, naming `where`, for any other type, value or name.
         """
         if not isinstance(data, dict):
-            raise InvalidFile(f"{where} is a {type(data).__name__}, not a JSON object. Restore or recreate it.")
+            raise InvalidFile(f"{where} is a {type(data).__name__}, not a JSON object. Restore it or recreate it.")
         inner = inner_settings(cls)
         unknown = next((key for key in data if key not in inner and key not in _own(cls)), None)
         if unknown is not None:
@@ -372,7 +372,7 @@ class Settings:
         try:
             return cls(**{**data, **parts})
         except InvalidSetting as error:
-            raise InvalidFile(f"{where}: {' '.join(str(error).split())[:300]} Restore or recreate it.") from error
+            raise InvalidFile(f"{where}: {' '.join(str(error).split())[:300]} Restore it or recreate it.") from error
 
 
 def _own(kind: "type[Settings]") -> dict[str, Option]:

@@ -98,7 +98,7 @@ def test_digest_of_unseedable_data_covers_its_labels():
 
 def test_data_set_that_ends_early_is_reported():
     samples = replace(as_samples(Items(X, Y)), dataset=Items(list(X), Y[:100]))
-    with pytest.raises(InvalidInput, match=r"Item 100 .*IndexError.*length that it gives is 200"):
+    with pytest.raises(InvalidInput, match=r"Item 100 .*IndexError.*ength is 200"):
         contents_of_samples(samples)
 
 

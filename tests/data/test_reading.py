@@ -103,7 +103,7 @@ def refusal(read, *words):
         (Failing(), ("Item 7 of the data set Failing raises ValueError: broken file",)),
         (Subset(Failing(), [3, 7]), ("Item 7 of the data set Failing",)),
         (Leaving(), ("Item 7 of the data set Leaving raises SystemExit: gone",)),
-        (TooLong(), ("Item 12 of the data set TooLong raises IndexError", "The length that it gives is 20")),
+        (TooLong(), ("Item 12 of the data set TooLong raises IndexError", "Its length is 20")),
         (Changing(X[0]), ("the data set Changing, item 0 is (Tensor [4], int), and item", "is Tensor [4]")),
         (Changing(None), ("NoneType", "the data set Changing, item 0")),
         (Changing((X[0, :2], 1)), ("(Tensor [2], int)",)),
@@ -183,7 +183,7 @@ def stream():
     ("name", "words"),
     [
         ("Failing", ("Item 20 of d.py:Failing raises OSError", "broken file")),
-        ("Short", ("of d.py:Short raises IndexError", "length that it gives is 24")),
+        ("Short", ("of d.py:Short raises IndexError", "ength is 24")),
         ("Lying", ("d.py:Lying", "ValueError")),
         ("stream", ("d.py:stream", "Element 1", "ValueError: ended")),
     ],

@@ -688,6 +688,37 @@ def test_layer_on_constants_is_computed_once(tmp_path):
     assert not verdict.failures and verdict.floats["of_places"] == LEFT_OUT
 
 
+class Biased(nn.Module):
+    """Attention whose bias is computed from a table of positions, as in Swin v2."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.of_places, self.last = (
+            nn.Linear(6, 6),
+            nn.Linear(6, 6),
+            nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)),
+            nn.Linear(6, 3),
+        )
+        self.register_buffer("places", 8 * torch.randn(25, 2))
+        nn.init.normal_(self.of_places[0].weight)
+
+    def forward(self, x):
+        bias = 8 * torch.sigmoid(self.of_places(self.places)).view(5, 5)
+        return self.last((torch.softmax(self.q(x) @ self.k(x).mT + bias, -1) @ x).mean(1))
+
+
+def test_inputs_of_constant_layers_are_not_rounded(tmp_path):
+    """The file computes these layers once, in float."""
+    torch.manual_seed(0)
+    model, data = Biased().eval(), torch.randn(24, 5, 6)
+    result = anybit.calibrate(
+        model, data, weight_bits=(8,), activation_bits=(8,), pipeline="light", cache=False, keep={"of_places.*": "W8A8"}
+    )
+    assert {str(result.scheme[name]) for name in ("of_places.0", "of_places.2")} == {"W8"} and str(result.scheme["last"]) == "W8A8"
+    result.export(tmp_path / "net.onnx", data=data)
+    assert not result.verify(tmp_path / "net.onnx", data=data)["failures"]
+
+
 def test_layer_that_no_output_depends_on_is_left_out(tmp_path):
     def function(s, x):
         h = F.relu(s.a(x))

@@ -116,8 +116,8 @@ def test_explanation_of_a_hand_computed_case(tmp_path):
     assert explanation["next_step"] == explanation["more"] and explanation["less"] is None and explanation["left"] == 1000
     words = " ".join(explanation["why"])
     assert "b is W2A8: 8 k weights, 2.0 kB of the file's 6.0 kB (33.3 %), 0.3 of predicted loss." in words
-    assert "shadow price is 0.2 of loss a kB: the last step within this size took a from W2A8 to W4A8, 2.0 kB for 0.4 less" in words
-    assert "More, W4A8, would cost 2.0 kB and gain 0.1, 0.05 of loss a kB: less than the shadow price" in words
+    assert "shadow price is 0.2 of loss per kB: the last step within this size took a from W2A8 to W4A8, 2.0 kB for 0.4 less" in words
+    assert "More, W4A8, would cost 2.0 kB and gain 0.1, 0.05 of loss per kB: less than the shadow price" in words
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_explanation_of_a_hand_computed_case(tmp_path):
         ({"a": "W4A8", "b": "W4A8"}, None, "b", "No budget was given"),
         ({"a": "W2A8", "b": "W2A8"}, "loss=0.9", "a", "smallest scheme that keeps its limit"),
         ({"a": "W2A8", "b": "W2A8"}, "2bit", "a", "0 B of codes left, too little"),
-        ({"a": "W4A8", "b": "W2A8"}, "3bit", "a", "a kB of codes"),
-        ({"a": "W4A8", "b": "W2A8"}, "bops=3", "a", "a million BOPs"),
+        ({"a": "W4A8", "b": "W2A8"}, "3bit", "a", "per kB of codes"),
+        ({"a": "W4A8", "b": "W2A8"}, "bops=3", "a", "per million BOPs"),
     ],
 )
 def test_every_reason_has_its_words(tmp_path, scheme, budget, layer, words):

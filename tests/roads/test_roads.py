@@ -117,7 +117,7 @@ def least_memory(message: str) -> int:
 
 
 def test_memory_below_what_any_run_holds_is_refused():
-    with pytest.raises(InvalidSetting, match=r"memory 31MB is less than the 256MB that a run may hold.*at least memory=256000000"):
+    with pytest.raises(InvalidSetting, match=r"memory 31MB is less than the 256MB that a run may need.*at least memory=256000000"):
         anybit.calibrate(make(Residual), pictures(40), "4bit", memory=31 * 10**6, **QUICK)
 
 

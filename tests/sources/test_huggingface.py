@@ -395,9 +395,9 @@ def refused(tmp_path, content, name="texts.tsv", kind="bert", **options):
 
 @pytest.mark.parametrize(("content", "options", "message"), [
     ("label\tsentence\n0\tword1\n1\t \n", {}, "line 3: the text is empty"),
-    ("label\tsentence\n0\tword1\n", {"columns": "text=words"}, "no column 'words' for the text; it has label, sentence"),
+    ("label\tsentence\n0\tword1\n", {"columns": "text=words"}, "no column 'words' for the text; its columns are label, sentence"),
     ("label\twords\n0\tword1\n", {}, "no column of texts"),
-    ("label\tsentence\nmaybe\tword1\n", {}, "label 'maybe' is no class number"),
+    ("label\tsentence\nmaybe\tword1\n", {}, "label 'maybe' is neither a class number"),
     ("", {}, "holds no rows"),
     ("label\tsentence\n1\t" + "word1 " * 50 + "\n", {}, "52 tokens, more than the 40"),
     ("label\tsentence\n1\tword1\n", {"length": 99}, "the network accepts 2 to 40 tokens"),
@@ -450,7 +450,7 @@ def test_rejects_weights_that_are_not_safetensors(tmp_path):
 def test_rejects_unknown_class_label(tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "word1", "label": 0.7}\n{"text": "word2", "label": 1.0}\n', encoding="utf8")
     model = load_model(f"hf:{folder('bert', tmp_path / 'bert')}")
-    with pytest.raises(InvalidInput, match=r"0\.7 is no class number"):
+    with pytest.raises(InvalidInput, match=r"0\.7 is neither a class number"):
         load_data(str(tmp_path / "texts.jsonl"), model=model)
 
 

@@ -55,7 +55,7 @@ def library(monkeypatch):
 
 
 def test_unreachable_weights_error_is_one_sentence_with_two_remedies(library):
-    with pytest.raises(InvalidSetting, match=r"cannot be fetched \(.*not known.*--weights FILE.*--weights random") as raised:
+    with pytest.raises(InvalidSetting, match=r"cannot be downloaded \(.*not known.*--weights FILE.*--weights random") as raised:
         load_model("torchvision:zeroed")
     assert "\n" not in str(raised.value)
 
@@ -70,17 +70,17 @@ def test_random_weights_are_deterministic_non_degenerate_and_reported(library, t
     with listening(events=lambda event, fields: notes.append(fields["note"]) if event == "note" else None):
         one, other = (load_model("torchvision:zeroed", "random") for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
-    assert "drawn at random" in notes[0]
+    assert "weights are random" in notes[0]
     for key, tensor in one.state_dict().items():
         assert not tensor.is_floating_point() or tensor.std() > 1e-3, key
     assert one(pictures(4)).std(0).min() > 0
     result = anybit.calibrate("torchvision:zeroed", pictures(24), weights="random", pipeline="light", cache=False, weight_bits=(8,))
-    assert "drawn at random" in result.report["notes"][0]
+    assert "weights are random" in result.report["notes"][0]
     run = result.save(tmp_path / "run")
     assert json.loads((run / "scheme.json").read_text())["model"]["weights"] == "random"
     assert torch.equal(anybit.load(run)(pictures(2)), result.model(pictures(2)))
     anybit.report(run, output=tmp_path / "page.html")
-    assert "drawn at random" in (tmp_path / "page.html").read_text()
+    assert "weights are random" in (tmp_path / "page.html").read_text().lower()
 
 
 def test_rejects_random_weights_for_a_custom_function():
@@ -147,7 +147,7 @@ def test_unreachable_server_is_queried_once(monkeypatch):
     monkeypatch.setattr(libraries, "urlopen", away)
     libraries._hub_answers.cache_clear()
     for _ in range(2):
-        with libraries.hurried():
+        with libraries.short_timeouts():
             assert constants.HF_HUB_OFFLINE and socket.getdefaulttimeout()
         assert not constants.HF_HUB_OFFLINE and socket.getdefaulttimeout() is None
     libraries._hub_answers.cache_clear()
@@ -156,5 +156,5 @@ def test_unreachable_server_is_queried_once(monkeypatch):
 
 def test_no_server_is_queried_for_a_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(libraries, "_hub_answers", lambda when: pytest.fail("asked"))
-    with libraries.hurried(str(tmp_path)):
+    with libraries.short_timeouts(str(tmp_path)):
         pass

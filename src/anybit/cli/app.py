@@ -55,6 +55,6 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print anyb
 
 
 def main() -> None:
-    """Entry point of the `anybit` command."""
+    """Run the `anybit` command."""
     warnings.formatwarning = lambda message, *where, **line: f"warning: {printable(' '.join(str(message).split()))}\n"
     app()

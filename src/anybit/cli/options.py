@@ -39,7 +39,7 @@ COMMON = options_of(CalibrateSettings) | SHARED
 
 
 def load_metric(reference: str | None) -> Any:
-    """Import the function that --metric names. Raise InvalidSetting if it does not take (outputs, labels)."""
+    """Import the function that --metric names. Raises InvalidSetting if it does not take (outputs, labels)."""
     from anybit.sources.callables import load_callable
 
     metric = None if reference is None else load_callable(reference, "--metric")
@@ -84,7 +84,7 @@ class Verb:
         return values
 
     def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the function's arguments. Raise InvalidSetting if an option is missing or invalid."""
+        """Return the function's arguments. Raises InvalidSetting if an option is missing or invalid."""
         for name, one in self.options.items():
             if one.default is MISSING and name not in values:
                 raise InvalidSetting(f"{one.written} is missing. `anybit {self.function.__name__} --help` lists the options.")

@@ -195,7 +195,7 @@ def _to_one_length(values: list, fill: int) -> list:
 
 
 def stacked(items: list) -> Any:
-    """Stack items into one batch, tensor by tensor, with texts padded to one length. Raise InvalidInput if their shapes differ."""
+    """Stack items into one batch, tensor by tensor, with texts padded to one length. Raises InvalidInput if their shapes differ."""
     try:
         return default_collate(padded(items, [])[0])
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""Reading of the user's data sets: an error of theirs becomes one line that names the data set, the item and the exception."""
+"""Reading of user data sets: any of their errors becomes one line that names the data set, the item and the exception."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,24 +15,24 @@ REPAIR = "Repair the data set, or leave such samples out."
 
 @contextmanager
 def reading(what: str, remedy: str = REPAIR) -> Iterator[None]:
-    """Raise InvalidInput, which begins with `what`, for an exception of the user's code inside the block."""
+    """Raise InvalidInput, beginning with `what`, for an exception of user code inside the block."""
     try:
         yield
     except AnybitError:
         raise
     except (Exception, SystemExit) as error:
-        said = f": {in_words(error)}" if str(error).split() else ""
-        raise InvalidInput(f"{what} raises {type(error).__name__}{said.rstrip('.')}. {remedy}") from error
+        message = f": {in_words(error)}" if str(error).split() else ""
+        raise InvalidInput(f"{what} raises {type(error).__name__}{message.rstrip('.')}. {remedy}") from error
 
 
 def name_of(dataset: Any) -> str:
-    """Return how messages call a data set that no reference names."""
+    """Return the name in messages of a data set that has no reference."""
     kind = type(whole(dataset)[0])
     return "the data" if kind in (list, tuple) or kind.__module__.startswith("anybit.") else f"the data set {kind.__name__}"
 
 
 def whole(dataset: Any) -> tuple[Any, list[int] | None]:
-    """Return (the data set under subsets, which of its items; None for all)."""
+    """Return (the data set below subsets, the indices of its items; None for all)."""
     if type(dataset) is not Subset:  # a subclass may change the items
         return dataset, None
     inner, indices = whole(dataset.dataset)
@@ -41,31 +41,29 @@ def whole(dataset: Any) -> tuple[Any, list[int] | None]:
 
 
 def length_of(dataset: Any, name: str = "") -> int:
-    """Return the length of a data set. Raise InvalidInput where it gives none, or one that cannot be."""
+    """Return the length of a data set. Raises InvalidInput if it has none, or an impossible one."""
     name = name or name_of(dataset)
-    with reading(f"The length of {name}", "Let __len__ return how many samples there are."):
+    with reading(f"The length of {name}", "Let __len__ return the number of samples."):
         length = len(dataset)
     if length > LARGEST:
-        raise InvalidInput(
-            f"The length of {name} is {length}, and at most {LARGEST} samples are read. Let __len__ return how many there are."
-        )
+        raise InvalidInput(f"The length of {name} is {length}, and at most {LARGEST} samples are read. Let __len__ return their number.")
     return length
 
 
 def item_of(dataset: Any, index: int, name: str = "") -> Any:
-    """Return one item. Raise InvalidInput, naming it, where the data set raises."""
+    """Return one item. Raises InvalidInput naming it if the data set fails."""
     name = name or name_of(dataset)
     try:
         with reading(f"Item {index} of {name}"):
             return dataset[index]
     except InvalidInput as error:
         if isinstance(error.__cause__, IndexError):
-            raise InvalidInput(f"{str(error).removesuffix(REPAIR)}The length that it gives is {length_of(dataset)}. {REPAIR}") from error
+            raise InvalidInput(f"{str(error).removesuffix(REPAIR)}Its length is {length_of(dataset)}. {REPAIR}") from error
         raise
 
 
 def elements_of(data: Iterable[Any], name: str = "") -> Iterator[Any]:
-    """Yield the elements of what can be iterated. Raise InvalidInput, saying how many came, where it raises."""
+    """Yield the elements of an iterable. Raises InvalidInput with their number so far if it fails."""
     name, count = name or name_of(data), 0
     with reading(f"The iteration over {name}"):
         iterator = iter(data)
@@ -82,7 +80,7 @@ def elements_of(data: Iterable[Any], name: str = "") -> Iterator[Any]:
 
 
 class Batches(Dataset):
-    """Batches of a data set's items, by their number. What fails is returned, not raised: between processes, an exception becomes a
+    """Batches of a data set's items, by their number. Errors are returned, not raised: between processes, an exception would become a
     traceback."""
 
     def __init__(self, dataset: Any, parts: Sequence[Sequence[int]], collate: Callable[[list], Any], name: str = ""):
@@ -112,7 +110,7 @@ class Batches(Dataset):
             return at_once(indices)
 
     def _different(self, indices: list[int], items: Any) -> str:
-        """Name the first item that has other parts than the first of all, with a space in front."""
+        """Name the first item whose parts differ from those of the first, after a space; "" if there is none."""
         if not isinstance(items, list):
             return ""
         kinds = [_parts_of(item) for item in items]
@@ -133,7 +131,7 @@ def _parts_of(item: Any) -> str:
 
 
 def loaded(batches: Batches, workers: int, **options: Any) -> Iterator[Any]:
-    """Yield the batches, loaded by `workers` processes. Raise InvalidInput where one of these, or the user's code, fails."""
+    """Yield the batches, loaded by `workers` processes. Raises InvalidInput if one of them, or user code, fails."""
     loader = DataLoader(batches, batch_size=None, collate_fn=_same, num_workers=workers, **options)
     with _of_workers(workers):
         iterator = iter(loader)
@@ -154,7 +152,7 @@ def _same(batch: Any) -> Any:
 
 @contextmanager
 def _of_workers(workers: int) -> Iterator[None]:
-    """Raise InvalidInput for what fails in processes that load data, with the last line of the traceback that one has sent."""
+    """Raise InvalidInput if processes that load data fail, with the last line of the traceback that they sent."""
     try:
         yield
     except (Exception, SystemExit) as error:

@@ -29,13 +29,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anybit.data.tasks import Metric, beside, check_metric_on, outputs_of
+from anybit.data.tasks import Metric, check_metric_on, compare_exported, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
 from anybit.files.strict import load_tensors, read_header, read_json
+from anybit.files.whole import check_place
 from anybit.networks.canonical import Canonical
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import Pruned, codes_of, emptied, float_weight, quantized_layers
+from anybit.numerics.packing import TensorSpec
 from anybit.numerics.quantizers import frozen
 from anybit.progress import tell
 from anybit.runs.folder import is_run, new_folder
@@ -186,6 +188,7 @@ def export_folder(
     network is not one of transformers, or has nothing that the format packs; no folder is left then.
     """
     path = Path(folder)
+    _check_free(path, overwrite)
     canonical, file = opened(run, model)
     exported, files = _exported(canonical, file, embeddings)
     with new_folder(path, overwrite, _check_free, REMEDY) as draft:
@@ -233,6 +236,7 @@ def _exported(canonical: Canonical, file: SchemeFile, embeddings: bool) -> tuple
 
 def _check_free(path: Path, overwrite: bool) -> None:
     """Raise InvalidSetting if `path` is taken: by an exported folder that may not be overwritten, or by anything else."""
+    check_place(path, "--compressed-tensors")
     if is_run(path.resolve().parent):
         raise InvalidSetting(f"{path} is inside a run folder, which only holds its run. Choose another --compressed-tensors.")
     if not path.exists() and not path.is_symlink():
@@ -271,16 +275,9 @@ def verify_folder(
     """
     path = Path(folder)
     canonical, file = opened(run, model)
-    if not (path / CONFIG).is_file() or not (path / MODEL).is_file():
-        raise InvalidFile(f"{path} has no {CONFIG} or no {MODEL}. Write it with anybit export --compressed-tensors.")
+    specs, settings = _read_exported(path)
     embeddings = {name for name, layer in quantized_layers(canonical.model).items() if not type_of(layer).reads_numbers}
-    try:
-        specs, settings = read_header(path / MODEL)[0], read_json(path / CONFIG)
-    except InvalidFile as error:
-        raise InvalidFile(f"{error} Export the run again, with --overwrite.") from error
     exported, files = _exported(canonical, file, any(f"{name}.weight_packed" in specs for name in embeddings))
-    if not isinstance(settings, dict) or RUN not in settings:
-        raise InvalidFile(f"{path} is not a folder that anybit exported. Write one with anybit export --compressed-tensors.")
     if settings[RUN] != file.sha256:
         failures = ["The folder was exported from another run than this one, or the run has changed since."]
     else:
@@ -303,11 +300,10 @@ def verify_folder(
     with tempfile.TemporaryDirectory() as place:
         if embeddings & set(exported.packed):  # the same network with these in float32
             report["skipped"]["loading"] = "transformers 5 does not load packed embeddings; outputs are those with them in float32"
-            _write(Path(place), *_exported(canonical, file, embeddings=False), file)
+            path = Path(place)
+            _write(path, *_exported(canonical, file, embeddings=False), file)
         try:
-            from anybit.sources.huggingface.folder import loaded_folder
-
-            loaded = loaded_folder(Path(place) if report["skipped"] else path, _transformers_network(canonical))
+            loaded = _loaded(path, canonical)
         except ImportError as error:
             report["skipped"]["outputs"] = f"transformers does not load the format here: {' '.join(str(error).split())}"
             tell("result", ok=True, failures=[])
@@ -315,7 +311,7 @@ def verify_folder(
     with redirect_stderr(io.StringIO()):  # unpacking, at the first inputs, prints a progress bar
         there = outputs_of(loaded, batches)
     simulated = outputs_of(canonical.model, batches)
-    report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
+    report |= {"inputs": len(inputs)} | compare_exported(simulated, there, batches, file.task, metric)
     floats = all(precision.activation_bits is None for precision in canonical.scheme.values())
     apart, largest = report["simulation"]["largest_difference"], report["simulation"]["largest_output"]
     if floats and not apart <= FLOAT_TOLERANCE * largest:  # also fails for NaN
@@ -323,6 +319,26 @@ def verify_folder(
     report["ok"] = not failures
     tell("result", ok=report["ok"], failures=failures, accuracy=report.get("accuracy"))
     return report
+
+
+def _read_exported(path: Path) -> tuple[dict[str, TensorSpec], dict[str, Any]]:
+    """Return (the specs of an exported folder's tensors, its config.json). Raises InvalidFile unless anybit exported it."""
+    if not (path / CONFIG).is_file() or not (path / MODEL).is_file():
+        raise InvalidFile(f"{path} has no {CONFIG} or no {MODEL}. Write it with anybit export --compressed-tensors.")
+    try:
+        specs, settings = read_header(path / MODEL)[0], read_json(path / CONFIG)
+    except InvalidFile as error:
+        raise InvalidFile(f"{error} Export the run again, with --overwrite.") from error
+    if not isinstance(settings, dict) or RUN not in settings:
+        raise InvalidFile(f"{path} is not a folder that anybit exported. Write one with anybit export --compressed-tensors.")
+    return specs, settings
+
+
+def _loaded(path: Path, canonical: Canonical) -> nn.Module:
+    """Return the network of an exported folder, loaded by transformers. Raises ImportError if a package is missing."""
+    from anybit.sources.huggingface.folder import loaded_folder
+
+    return loaded_folder(path, _transformers_network(canonical))
 
 
 def _differences(

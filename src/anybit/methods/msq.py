@@ -1,30 +1,31 @@
-"""MSQ: a mixed-precision scheme that grows during training, by bits that are pulled to zero and dropped; one float tensor a weight.
+"""MSQ: a mixed-precision scheme that grows during training, by pulling bits to zero and dropping them; one float tensor per weight.
 
-    W~ = clamp(round(W / s), quant_min, quant_max) s              s one a channel, trained with W; gradients as `numerics` states them
+    W~ = clamp(round(W / s), quant_min, quant_max) s              s one per channel, trained with W; gradients as `numerics` states them
     B  = W / r - nearest code of n - 1 bits,   r = 2^(n-1) s      the least significant bit of a weight of n bits, as a number
-    L  = L_task + lambda * sum over weights of |B|                the pull; straight through the rounding its gradient is the sign of B
+    L  = L_task + lambda * sum over weights of |B|                the pull; its straight-through gradient is the sign of B
     cost of n bits = sum over rows of F |W - W~_n|^2              F = mean squared gradient of a row, in place of the Hessian
 
-Training starts with `start_bits` everywhere. Over its first part (`dropping`) a limit falls from that scheme's size to the budget, in
-`drops` rounds. In each, layers lose the bits that cost least among all that bring the scheme below the limit: one integer program, which
-may take several bits of a layer at once. In the last, bits may return where others leave room. Then the scheme is fixed, and the rest of
-the run trains weights and steps at it, as LSQ does: what for CSQ is a second run (`--scheme RUN`) is the second part of this one.
+Training starts with `start_bits` everywhere. Over its first part (`dropping`), a limit falls from that scheme's size to the budget in
+`drops` rounds. In each round, layers lose the bits that cost least among all choices that bring the scheme below the limit: one integer
+program, which may take several bits from a layer at once. In the last round, bits may return where others leave room. Then the scheme is
+fixed, and the rest of the run trains weights and steps at it, as LSQ does; CSQ needs a second run for that (`--scheme RUN`).
 
 Source: Han, Yoon, Kim, Wang, Jeon, Yang, Ko, "MSQ: Memory-Efficient Bit Sparsification Quantization", ICCV 2025 (arXiv 2507.22349);
-from its abstract and notes on it, not from the text or code. Published, second-hand and not reproduced here: ResNet-20 on CIFAR-10 92.15 at
-20.13 times smaller (bits without sign, as CSQ counts them). Deviations:
+from its abstract and notes on it, not from its text or code. Published, second-hand and not reproduced here: ResNet-20 on CIFAR-10 92.15 at
+a 20.13-fold reduction (bits without sign, as CSQ counts them). Deviations:
 
-  * Steps are learned, one a channel, and a code has a sign (published: weights normalized to 0..1, a fixed grid). r is the range of the
-    codes, so that the pull on a weight does not depend on its layer's bits; its own gradient to the step is left out. The published lambda
-    is not known here.
-  * When bits are dropped, the step starts anew from the range of least squared error (published: the grid of even codes).
-  * Which bits are dropped, and when, follows from the budget. Published: a layer loses a bit when few of its last bits are not zero, or
-    several where its Hessian's trace is small, until the whole is small enough, so that the last drop decides by how much it is too small.
-  * F is a moving average of squared gradients of batches, which training has at hand, in place of the Hessian's trace. The pull's gradient
-    is in it.
+  * Steps are learned, one per channel, and a code has a sign (published: weights normalized to 0..1, a fixed grid). r is the range of the
+    codes, so that the pull on a weight does not depend on its layer's bits; its gradient to the step is omitted. The published lambda is
+    unknown.
+  * When bits are dropped, the step restarts from the range of least squared error (published: the grid of even codes).
+  * The budget determines which bits are dropped, and when. Published: a layer loses one bit when few of its last bits are nonzero, or
+    several when its Hessian's trace is small, until the whole network is small enough, so that the last drop decides how far it ends below.
+  * F is a moving average of the squared gradients of batches, which training computes anyway, in place of the Hessian's trace. The pull's
+    gradient is included.
   * Budgets count two's-complement bits, every layer by its weights, as everywhere in anybit. No layer is pruned.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,16 +50,16 @@ from anybit.progress import tell
 from anybit.scheme import FLOAT, Precision, Scheme
 
 MEMORY = 0.95
-"""Share of the squared gradients' moving average that stays in each step."""
+"""Share of the squared gradients' moving average that remains in each step."""
 CANDIDATES = 20
-"""Ranges that are tried for the steps of fewer bits, which are trained further."""
+"""Number of ranges to try for the steps of fewer bits, which are then trained further."""
 
 
 class ShrinkingWeight(nn.Module):
-    """The weight slot of a layer while it is trained: the layer's own weight, rounded to learned steps, with ever fewer bits.
+    """Weight slot of a layer during training: the layer's own weight, rounded to learned steps with ever fewer bits.
 
     log_scale  log s, [channels, 1]
-    limits     lowest and highest code, [2]: a tensor, so that a compiled network stays as it is when bits are dropped
+    limits     lowest and highest code, [2]: a tensor, so that dropping bits does not recompile a compiled network
     """
 
     limits: Tensor
@@ -70,13 +71,13 @@ class ShrinkingWeight(nn.Module):
         self.set_bits(bits)
 
     def set_bits(self, bits: int) -> None:
-        """Change the range of the codes."""
+        """Set the number of bits, and with it the range of the codes."""
         self.bits = bits
         self.limits.copy_(torch.tensor(quant_limits(bits, signed=True)))
 
     @torch.no_grad()
     def change(self, rows: Tensor, bits: int) -> None:
-        """Go on with `bits`, and steps of least squared error for `rows`."""
+        """Continue with `bits`, and steps of least squared error for `rows`."""
         self.set_bits(bits)
         self.log_scale.copy_(weight_scale(rows, bits, candidates=CANDIDATES).log())
 
@@ -84,7 +85,7 @@ class ShrinkingWeight(nn.Module):
         return fake_quantize(rows, self.log_scale.exp(), torch.zeros((), device=rows.device), self.limits[0], self.limits[1])
 
     def last_bits(self, rows: Tensor) -> Tensor:
-        """Return B of each weight, in shares of the range; its gradient to a weight is straight through the rounding."""
+        """Return B of each weight, as a share of the range, with straight-through gradients to the weights."""
         scale = self.log_scale.detach().exp()
         with torch.no_grad():
             lower = fake_quantize(rows, 2 * scale, torch.zeros((), device=rows.device), *quant_limits(self.bits - 1, signed=True))
@@ -92,7 +93,7 @@ class ShrinkingWeight(nn.Module):
 
     @torch.no_grad()
     def errors(self, rows: Tensor, bits: int) -> Tensor:
-        """Return the squared error of each row with so many bits, [channels]: at the trained steps if they are the present ones."""
+        """Return the squared error of each row at this many bits, [channels], with the trained steps if these are the current bits."""
         scale = self.log_scale.exp() if bits == self.bits else weight_scale(rows, bits, candidates=CANDIDATES)
         values = fake_quantize(rows, scale, torch.zeros((), device=rows.device), *quant_limits(bits, signed=True))
         return (values - rows).square().sum(1)
@@ -105,7 +106,7 @@ class ShrinkingWeight(nn.Module):
 class MSQ:
     """A prepared, unfolded network whose layers lose bits until the budget is met: a `Trainee` of the grow road.
 
-    choices  layer -> the precisions it may end with; one alone where it is kept
+    choices  layer -> its possible final precisions; only one if it is kept
     budget   on bits, bytes or percent; None keeps every bit
     """
 
@@ -125,7 +126,7 @@ class MSQ:
                 self.squared_gradients[name] = rows.new_zeros(len(rows))
             elif bits == 0:
                 layer.weight_quantizer = Pruned()
-        self.rounds, self.steps = 0, 0  # of dropping, and gradients that were seen
+        self.rounds, self.steps = 0, 0  # rounds of dropping, and gradients seen
         self.dropped: list[dict[str, Any]] = []  # in this epoch
         self.ended = False
         self.certificate: dict[str, Any] = {}
@@ -137,7 +138,7 @@ class MSQ:
 
     @staticmethod
     def check_budget(budget: Budget, network: ObservedNetwork) -> None:
-        """Raise InvalidSetting where the budget counts something else than weights, or more than the start needs."""
+        """Raise InvalidSetting if the budget limits anything but weights, or exceeds the cost of the start."""
         check_counts_weights(budget)
         start = Scheme({name: options[-1] for name, options in network.choices.items()})
         check_within(budget, network.costs, start, "the bits of the start need", "raise --start-bits")
@@ -148,20 +149,24 @@ class MSQ:
         return cls(model, network.choices, network.costs, budget, settings)
 
     def rows(self, name: str) -> Tensor:
-        """The float weight of a layer, [channels, fan-in], outside of autograd."""
+        """Return the float weight of a layer, [channels, fan-in], outside of autograd."""
         return weight_rows(self.layers[name], float_weight(self.layers[name])).detach()
 
     @property
     def slots(self) -> dict[str, ShrinkingWeight]:
-        """Layer -> its weight slot, where it has bits."""
+        """Return layer -> its weight slot, for layers with bits."""
         return {n: layer.weight_quantizer for n, layer in self.layers.items() if isinstance(layer.weight_quantizer, ShrinkingWeight)}
 
     @property
+    def decided(self) -> bool:
+        """Return whether the scheme is final."""
+        return self.budget is None or self.rounds == self.settings.drops
+
+    @property
     def shrinking(self) -> dict[str, ShrinkingWeight]:
-        """Those that may still lose bits."""
-        if self.budget is None or self.rounds == self.settings.drops:
-            return {}
-        return {name: slot for name, slot in self.slots.items() if slot.bits > (self.choices[name][0].weight_bits or 0)}
+        """Return layer -> weight slot, for layers that may still lose bits."""
+        least = {name: options[0].weight_bits or 0 for name, options in self.choices.items()}
+        return {} if self.decided else {name: slot for name, slot in self.slots.items() if slot.bits > least[name]}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return scales and all other parameters, each at their rate."""
@@ -172,7 +177,7 @@ class MSQ:
         return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
     def before_step(self, progress: float) -> list[nn.Parameter]:
-        """Drop bits when a round of it is due; returns the steps that start anew."""
+        """Drop bits when a round is due; returns the re-initialised steps."""
         self.see_gradients()
         if self.ended and progress < 1:
             self.dropped, self.ended = [], False
@@ -184,9 +189,9 @@ class MSQ:
 
     @torch.no_grad()
     def see_gradients(self) -> None:
-        """Take the last step's gradients into the average and clear them, so that none counts twice."""
+        """Add the last step's gradients to the average and clear them, so that none counts twice."""
         seen = False
-        for name in self.shrinking:
+        for name in () if self.decided else self.slots:
             weight = float_weight(self.layers[name])
             if weight.grad is not None:
                 squares = weight_rows(self.layers[name], weight.grad).square().mean(1)
@@ -195,7 +200,7 @@ class MSQ:
         self.steps += seen
 
     def drop_bits(self, budget: Budget, reached: float, progress: float) -> list[nn.Parameter]:
-        """Drop the bits that cost least, down to a limit that has gone the share `reached` of the way to the budget."""
+        """Drop the bits that cost least, down to a limit at the share `reached` of the way to the budget."""
         scheme, limit = self.scheme(), self._limit(budget, reached)
         if bits_above(limit, self.costs, scheme) <= 0:
             return []
@@ -216,17 +221,17 @@ class MSQ:
         return [self.slots[name].log_scale for name in changed]
 
     def _limit(self, budget: Budget, reached: float) -> Budget:
-        """Return the budget's limits, each gone the share `reached` of the way from the start's costs."""
+        """Return the budget's limits, each at the share `reached` of the way from the start's costs."""
         start = Scheme({name: options[-1] for name, options in self.choices.items()})
         limits = []
         for cost, limit in budget.costs():
             on_the_way = limit + (1 - reached) * max(cost.total(self.costs, start) - limit, 0.0)
-            most = on_the_way if cost.most is None else max(limit, min(on_the_way, cost.most(self.costs)))
-            limits.append(Condition(cost.name, most))
+            allowed = math.inf if cost.most is None else cost.most(self.costs)  # of a tiny network, the start may need more
+            limits.append(Condition(cost.name, max(limit, min(on_the_way, allowed))))
         return Budget(budget.text, tuple(limits))
 
     def losses(self, choices: Mapping[str, Sequence[Precision]]) -> dict[tuple[str, Precision], float]:
-        """Return what each choice of a layer costs: the squared error of its rows, times their mean squared gradients."""
+        """Return the loss of each choice of a layer: the squared error of its rows, times their mean squared gradients."""
         known = any(bool(squares.any()) for squares in self.squared_gradients.values())
         losses = {(name, precision): 0.0 for name, options in choices.items() for precision in options}
         for name, slot in self.slots.items():
@@ -237,12 +242,12 @@ class MSQ:
         return losses
 
     def end_of_epoch(self) -> None:
-        """Take the epoch's last gradients, which a checkpoint has not."""
+        """Add the epoch's last gradients, which a checkpoint does not hold."""
         self.see_gradients()
         self.ended = True
 
     def passes(self) -> Iterator[None]:
-        """Yield once, for the network as it is."""
+        """Yield once, with the network unchanged."""
         yield
 
     def loss(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
@@ -258,14 +263,14 @@ class MSQ:
         return self.settings.pull * total
 
     def scheme(self) -> Scheme:
-        """The precisions as they stand now."""
+        """Return the current precisions."""
         slots = self.slots
         return Scheme({n: Precision(slots[n].bits, o[0].activation_bits) if n in slots else o[0] for n, o in self.choices.items()})
 
     # For records and checkpoints
 
     def summary(self) -> dict[str, Any]:
-        """Return the scheme now, its distance to the budget, and the bits that were dropped in this epoch."""
+        """Return the current scheme, its distance to the budget, and the bits dropped in this epoch."""
         scheme = self.scheme()
         return {
             "weight_bits": self.costs.weight_bits(scheme),
@@ -279,18 +284,18 @@ class MSQ:
         return self.squared_gradients
 
     def decisions(self) -> dict[str, Any]:
-        """Return the decisions so far, as JSON, for a checkpoint; `restore` takes it back."""
+        """Return the decisions so far, as JSON for a checkpoint."""
         bits = {name: slot.bits for name, slot in self.slots.items()}
         return {"bits": bits, "rounds": self.rounds, "steps": self.steps, "certificate": self.certificate}
 
     def restore(self, decisions: Mapping[str, Any]) -> None:
-        """Restore `decisions`; raise InvalidFile if they are not of this network."""
+        """Restore `decisions`. Raises InvalidFile if they belong to another network."""
         known, slots = validated(Decisions, decisions, "the decisions"), self.slots
         for name in slots:
             if known.bits.get(name) not in {precision.weight_bits for precision in self.choices[name]}:
-                raise InvalidFile(f"{known.bits.get(name)} bits of {name} are none that it may have")
+                raise InvalidFile(f"{known.bits.get(name)} bits are not a choice of {name}")
         if set(known.bits) != set(slots) or not 0 <= known.rounds <= self.settings.drops:
-            raise InvalidFile("the decisions are of other layers or other rounds")
+            raise InvalidFile("the decisions belong to other layers or rounds")
         for name, slot in slots.items():
             slot.set_bits(known.bits[name])
         self.rounds, self.steps, self.certificate, self.ended = known.rounds, known.steps, known.certificate, True
@@ -302,7 +307,7 @@ class MSQ:
 
 
 class Decisions(BaseModel):
-    """The method's part of a checkpoint: bits of each layer, rounds of dropping and steps that were seen, the last certificate."""
+    """The method's part of a checkpoint: bits of each layer, rounds of dropping, gradients seen, and the last certificate."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     bits: dict[str, int]

@@ -72,7 +72,7 @@ class CSQSettings(Settings):
 @documented
 @dataclass(frozen=True)
 class MSQSettings(Settings):
-    """Settings of MSQ; `methods/msq.py` explains them. Rates are named as those of CSQ."""
+    """Settings of MSQ; `methods/msq.py` explains them. Rates have the names of CSQ's."""
 
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 

@@ -105,7 +105,8 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     prepared = prepare(folded, names, float_layers, group_sizes(folded, [name for name in names if name not in norms], options.group))
     layers = quantized_layers(prepared)
     check_sizes({name: layers[name] for name in names if name not in float_layers})
-    choices = {name: layer_choices(layers[name], pinned.get(name), options) for name in names}
+    constant = wiring.constant_layers()
+    choices = {name: layer_choices(layers[name], pinned.get(name), options, name in constant) for name in names}
     blocks = wiring.blocks(list(options.blocks) if options.blocks is not None else None) if options.unit == "block" else []
     fitted = {name for name in names if type_of(layers[name]).sums and any(p.weight_bits for p in choices[name])}
     units = [unit for unit in wiring.units(names, blocks) if fitted & set(unit.layers)]

@@ -43,11 +43,14 @@ def group_sizes(model: nn.Module, names: Sequence[str], group: int | None) -> di
     return groups
 
 
-def layer_choices(layer: nn.Module, pinned: Precision | None, options: LayerOptions) -> list[Precision]:
-    """Return the precisions that a layer may get: all pairs of its operands' bit-widths, or only `pinned`."""
+def layer_choices(layer: nn.Module, pinned: Precision | None, options: LayerOptions, constant: bool = False) -> list[Precision]:
+    """Return the precisions that a layer may get: all pairs of its operands' bit-widths, or only `pinned`.
+
+    A `constant` layer, which does not depend on the inputs, is computed once: its input is not rounded.
+    """
     weight_bits: Sequence[int | None] = sorted(options.weight_bits) if pinned is None else (pinned.weight_bits,)
     activation_bits = sorted(options.activation_bits, key=lambda bits: bits or 32) if pinned is None else (pinned.activation_bits,)
-    if not type_of(layer).reads_numbers:
+    if constant or not type_of(layer).reads_numbers:
         activation_bits = (None,)
     if not type_of(layer).has_weights:
         weight_bits = (None,)

@@ -29,7 +29,6 @@ from anybit.files.cache import Cache
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight
 from anybit.networks.recurrent import RecurrentWeight
-from anybit.networks.wiring import LAYER as WIRED_LAYER
 from anybit.networks.wiring import Wiring, name_of_call, observe
 from anybit.onnx.graphs import cached_graph, forget_graph, quiet
 from anybit.onnx.operators import LAYER_OPERATORS, layer_operator
@@ -54,7 +53,7 @@ EXPERTS = "_experts_implementation"
 """Attribute of transformers' configurations that selects the implementation of experts."""
 
 INSTEAD = "instead"
-"""The same, where the operator computes with another weight than the layer's."""
+"""Key for the same if the operator computes with another weight than the layer's."""
 
 BIAS = "bias"
 """Key of the metadata of a sum that adds its layer's bias: the name of the call."""
@@ -114,14 +113,8 @@ def float_graph(
 def _left_out(wiring: Wiring) -> set[str]:
     """Return the layers without nodes in the graph: those that do not depend on the inputs, which the optimizer computes once, and those
     that no output depends on, which it removes."""
-    depends = set(wiring.input_values)
-    layers = set(wiring.layer_names()) - wiring.layers_behind(escaped=True)
-    for op in wiring.operations:
-        if depends & set(op.inputs):
-            depends |= set(op.outputs)
-        elif op.kind == WIRED_LAYER:
-            layers.add(op.name)
-    return layers
+    unread = set(wiring.layer_names()) - wiring.layers_behind(escaped=True)
+    return unread | wiring.constant_layers()
 
 
 def _key(plain: nn.Module, inputs: Inputs, length: int | None) -> str | None:

@@ -94,16 +94,9 @@ def allocate(
             observe_network(float_model, example_of(calibration), replace(settings.options, gradients=False)), [Budget.parse(budget)]
         )
         check_memory(network, calibration, replace(settings, sequential=False, parallel=False, bias_tuning=False), floor=0)
-        observed = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
-        if observed != shapes:
-            different = sorted(set(observed.items()) ^ set(shapes.items()))[0][0]
-            raise SchemeMismatch(f"The model is not the one that {folder} was calibrated from: layer {different} differs. Check --model.")
+        _check_shapes(network, shapes, folder)
         check_saved(network, candidates, table, saved["choices"], place)
-        if saved.get("network") not in (None, weights_digest(network)):
-            raise SchemeMismatch(
-                f"The weights are not those that {folder} was calibrated from: they were trained since, or belong to another network. Give "
-                "the original ones (--model), or run calibrate on these."
-            )
+        _check_weights(network, saved.get("network"), folder)
         if set(candidates.edges) != set(network.wiring.edges()):  # a run that rounded none
             candidates = replace(candidates, edges=edge_candidates(network, calibration, settings))
         started = time.perf_counter()
@@ -132,6 +125,23 @@ def allocate(
     )
 
 
+def _check_shapes(network: ObservedNetwork, shapes: Mapping[str, tuple[int, int]], folder: Path) -> None:
+    """Raise SchemeMismatch if the layers are not those of the run in `folder`, with these (rows, columns)."""
+    observed = {name: (size.rows, size.columns) for name, size in network.costs.layers.items()}
+    if observed != shapes:
+        different = sorted(set(observed.items()) ^ set(shapes.items()))[0][0]
+        raise SchemeMismatch(f"The model is not the one that {folder} was calibrated from: layer {different} differs. Check --model.")
+
+
+def _check_weights(network: ObservedNetwork, digest_in_run: str | None, folder: Path) -> None:
+    """Raise SchemeMismatch if the weights are not those from which the run in `folder` was made; old runs have no digest."""
+    if digest_in_run not in (None, weights_digest(network)):
+        raise SchemeMismatch(
+            f"The weights are not those that {folder} was calibrated from: they were trained since, or belong to another network. Give "
+            "the original ones (--model), or run calibrate on these."
+        )
+
+
 def _table_from(data: Any, path: Path) -> SensitivityTable:
     try:
         return SensitivityTable.from_json(data)
@@ -146,8 +156,8 @@ def check_saved(
     possible = {name: [str(precision) for precision in options] for name, options in network.choices.items()}
     if possible != dict(choices):
         different = next(name for name in {**possible, **choices} if possible.get(name) != choices.get(name))
-        said = f"choices of {different} are {choices.get(different)}, but its settings give {possible.get(different)}"
-        raise InvalidFile(f"{path}: {said}. Run calibrate again.")
+        difference = f"choices of {different} are {choices.get(different)}, but its settings give {possible.get(different)}"
+        raise InvalidFile(f"{path}: {difference}. Run calibrate again.")
     lacking = next((row for row in rows_to_measure(network.choices, table.pairs) if row not in table.measured), None)
     if lacking:
         raise InvalidFile(f"{path}: the table has no row of {lacking[0]} at {lacking[1]}. Run calibrate again.")

@@ -11,24 +11,24 @@ from torch import nn
 from anybit.allocation.choice import Choice, Judge, check_feasible
 from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
 from anybit.calls import public
-from anybit.data.batches import check_finite
-from anybit.data.samples import Samples, draw, mirrored, split
+from anybit.data.batches import Batch, check_finite
+from anybit.data.samples import Calibration, Samples, draw, mirrored, split
 from anybit.data.tasks import LabelledOutputs, Metric, WeightedErrors, labels_in, measure, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import UnsupportedModel
-from anybit.files.cache import Cache, open_cache, settle
+from anybit.files.cache import Cache, open_cache, report_and_trim
 from anybit.files.contents import contents_of
 from anybit.methods.table import rounding_named
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import as_ranges
 from anybit.networks.fingerprint import fingerprint_of
-from anybit.networks.observed import has_choice, observe_network, with_coarse
+from anybit.networks.observed import ObservedNetwork, has_choice, observe_network, with_coarse
 from anybit.networks.refusals import as_observed, check_rows
 from anybit.networks.states import restore
 from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
-from anybit.roads.expected import Calibration
+from anybit.roads import expected
 from anybit.roads.inputs import (
     check_metric_has_labels,
     checked_tests,
@@ -95,13 +95,14 @@ def calibrate(
     """Turn a trained network into a low-bit one, with a few hundred inputs and a budget.
 
     model     a network, or a reference to one ("file.py:function")
-    data      inputs: a data set, arrays, Samples, or a reference; labels are used only by reports and "drop=" budgets
+    data      inputs: a data set, an array [N, ...] or (x, y) of them, Samples, or a reference; labels are used only by reports and
+              "drop=" budgets
     budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list returns a list of results that share their candidates
     weights   file of a state dict, loaded into a network given by reference
     preprocessing  of images given by reference; recorded for later verbs, with absolute references
     test      labelled data for the report; nothing is chosen on it
     metric    a function of (outputs, labels), higher is better: reported, and used by "drop=" budgets in place of top-1
-    workers   processes that load data
+    workers   number of processes that load data
     device    where to compute; the result is on the CPU
     cache     store the result of every stage, in this folder or (True) in the user's cache directory: a run that was killed, or has another
               budget, reuses finished results, and ends with the same bytes
@@ -122,7 +123,10 @@ def calibrate(
     tests = read_alike(tests, samples, network, options.task)
     clock = StageClock()
     entries = open_cache(cache)
-    plan(Calibration.of_model(network, options, len(samples), 0 if tests is None else len(tests), len(budgets)).stages(), measured=False)
+    plan(
+        expected.Calibration.of_model(network, options, len(samples), 0 if tests is None else len(tests), len(budgets)).stages(),
+        measured=False,
+    )
     bench = prepare_bench(network, samples, options, [one for one in budgets if one], clock, metric, entries, tests)
     saved = {
         "table": bench.table.to_json(),
@@ -131,7 +135,7 @@ def calibrate(
         "network": weights_digest(bench.network),
     }
     results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages))) for one in budgets]
-    settle(entries)
+    report_and_trim(entries)
     return results if several else results[0]
 
 
@@ -145,19 +149,12 @@ def prepare_bench(
     cache: Cache = Cache(),
     tests: Samples | None = None,
 ) -> CalibrationState:
-    """Run everything up to the sensitivity table. Raises for infeasible budgets, bad labels and bad metrics before the long work."""
+    """Run everything up to the sensitivity table. Raises for infeasible budgets, bad labels and bad metrics before the long work.
+
+    Long, because it is the list of the road's stages, each computed or taken from the cache, whose key every stage extends.
+    """
     with clock.stage("observe and fold"):
-        calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
-        check_finite(calibration.fitting + calibration.held_out)
-        if settings.mirror:
-            calibration = mirrored(calibration)
-        example = example_of(calibration)
-        network = with_coarse(with_latencies(observe_network(model, example, settings.options), budgets), calibration.fitting[0])
-        for note in notes_on(network):
-            tell("note", note=note)
-        check_memory(network, calibration, settings)
-        for budget in budgets:
-            check_feasible(network, budget)
+        network, calibration, example = _observed(model, samples, settings, budgets)
     with clock.stage("float outputs"), torch.no_grad(), as_observed(network.float_model, network.calls):
         references = [outputs_of(network.float_model, [batch]) for batch in calibration.fitting]
         held_out = [outputs_of(network.float_model, [batch]) for batch in calibration.held_out]
@@ -183,7 +180,7 @@ def prepare_bench(
             measure(metric, task.tensors(reference), labels)
     forward = clock.stages[-1]["seconds"] / sum(calibration.count())
     tested = 0 if tests is None else len(tests)
-    plan(Calibration.of_network(network, settings, calibration.count(), tested, max(len(budgets), 1), forward).stages())
+    plan(expected.Calibration.of_network(network, settings, calibration.count(), tested, max(len(budgets), 1), forward).stages())
     float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
     with clock.stage("ranges"):
         ranged = candidates = cached_candidates(cache, "ranges", network, lambda: range_candidates(network, calibration, settings))
@@ -215,6 +212,24 @@ def prepare_bench(
     )
 
 
+def _observed(
+    model: nn.Module, samples: Samples, settings: CalibrateSettings, budgets: Sequence[Budget]
+) -> tuple[ObservedNetwork, Calibration, Batch]:
+    """Return (the observed network, its fitting and held-out inputs, two of them). Raises for infeasible budgets and too little memory."""
+    calibration = split(samples, settings.seed, settings.held_out, settings.batch_size)
+    check_finite(calibration.fitting + calibration.held_out)
+    if settings.mirror:
+        calibration = mirrored(calibration)
+    example = example_of(calibration)
+    network = with_coarse(with_latencies(observe_network(model, example, settings.options), budgets), calibration.fitting[0])
+    for note in notes_on(network):
+        tell("note", note=note)
+    check_memory(network, calibration, settings)
+    for budget in budgets:
+        check_feasible(network, budget)
+    return network, calibration, example
+
+
 def finish(
     bench: CalibrationState,
     budget: Budget | None,
@@ -237,7 +252,7 @@ def finish(
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
-    report |= notes_of(provenance, network)
+    report |= notes_of(provenance, network) | _float_held_out(bench.judge)
     if isinstance(apart := bench.judge.task.distance, WeightedErrors):
         with clock.stage("outputs"):
             of_each = apart.of_each(outputs_of(canonical.model, bench.calibration.held_out), bench.judge.reference)
@@ -258,6 +273,13 @@ def finish(
     provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task.name}
     provenance["outputs"] = dict(bench.settings.outputs) or None
     return Result(canonical, report, provenance, bench.candidates, dict(saved))
+
+
+def _float_held_out(judge: Judge) -> dict[str, Any]:
+    """Return the float network's scores on the held-out inputs, beside which those of the schemes are read."""
+    scores = judge.of_outputs(judge.reference)
+    del scores["loss"]
+    return {"float_held_out": scores} if scores else {}
 
 
 def _within_drop(bench: CalibrationState, drop: float, polished: nn.Module) -> bool:

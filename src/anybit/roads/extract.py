@@ -148,17 +148,10 @@ def extract(
     check_whole(chosen, supernet.choices)
     supernet.model.cpu()
     with clock.stage("extract"):
-        batches = None
-        if samples is not None:
-            fitting, _ = held_out_split(samples, supernet.settings)
-            batches = bn_batches(fitting, supernet.settings)
+        fitting = None if samples is None else held_out_split(samples, supernet.settings)[0]
+        batches = None if fitting is None else bn_batches(fitting, supernet.settings)
         statistics = supernet.switch(chosen, batches)
-        canonical = supernet.canonical()
-        if batches is None:
-            canonical.edges = supernet.stored_edges()
-        else:
-            wiring = observe(canonical.model, batches[0].head(2))
-            canonical = finished(canonical, wiring, batches[:8])
+        canonical = _with_observed_edges(supernet, supernet.canonical(), batches)
     tests = None
     if test is not None:
         preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
@@ -172,7 +165,7 @@ def extract(
     if polish:
         if tests is not None:  # check labels and metric before the work
             evaluate_model(canonical.model, tests.batches(256), supernet.task, metric)
-        assert batches is not None  # polishing requires data
+        assert fitting is not None and batches is not None  # polishing requires data
         with clock.stage("polish"):
             canonical, ladder = polished(supernet, canonical, fitting, batches, options, open_cache(cache))
     example = batches[0] if batches else supernet.example
@@ -201,6 +194,14 @@ def extract(
     provenance = {**supernet.about, "budget": report["budget"], "task": supernet.task}
     provenance["outputs"] = dict(supernet.settings.outputs) or None
     return Result(canonical, report | {"stages": clock.stages}, provenance)
+
+
+def _with_observed_edges(supernet: Supernet, canonical: Canonical, batches: list[Batch] | None) -> Canonical:
+    """Return the subnet with its edges observed on `batches` and rounded; without any, with the supernet's stored ranges."""
+    if batches is None:
+        canonical.edges = supernet.stored_edges()
+        return canonical
+    return finished(canonical, observe(canonical.model, batches[0].head(2)), batches[:8])
 
 
 def _scheme_from(scheme: Scheme | str | Path | None) -> Scheme:

@@ -126,15 +126,7 @@ def run_search(
     During the search, batch norm is estimated on `settings.bn_images` inputs, which takes most of the time. The front is measured again,
     and stored, with as many inputs as in training.
     """
-    if not samples.labelled:
-        raise InvalidInput("The search needs labels: subnets are ranked by their accuracy. Give labelled data.")
-    fitting, held_out = held_out_split(samples, supernet.settings)
-    images = min(settings.images, len(held_out) // 2)
-    if images < 1:
-        raise InvalidInput(
-            f"{len(held_out)} held-out sample(s) are too few: both the search and the front need some. Train with a larger --held-out."
-        )
-    search_on, measure_on = (list(held_out.subset(range(at, at + images)).batches(256)) for at in (0, images))
+    fitting, images, search_on, measure_on = _split_samples(supernet, samples, settings)
     bn = bn_batches(fitting, supernet.settings)
     asked = settings.bn_images or supernet.settings.bn_images
     few = bn_batches(fitting, replace(supernet.settings, bn_images=asked))
@@ -184,20 +176,10 @@ def run_search(
     for scheme in dict.fromkeys([*chosen.values(), *(one.scheme for one in front)]):
         if all(known.scheme != scheme for known in supernet.known):
             cached_statistics(cache, supernet, scheme, partial(supernet.learn, scheme, bn, edge_ranges))
-    # The same corner for every search of this supernet: the highest bits' cost, the lowest bits' score.
-    corner = (total_cost(supernet.costs, settings.quantity, supernet.method.highest), result.evaluated[0].score)
-    rows = [
-        {"scheme": o.scheme.to_json(), "score": o.score, "cost": o.cost, "origin": o.origin, "measured": again.get(o.scheme)}
-        for o in result.evaluated
-    ]  # fmt: skip
     report: dict[str, Any] = {
         "version": 1,
         "score": key,
-        "quantity": settings.quantity,
-        "evaluated": rows,
-        "front": [rows[result.evaluated.index(one)] for one in front],
-        "hypervolume": {"value": hypervolume(front, *corner), "cost": corner[0], "score": corner[1]},
-        "rank_correlation": result.rank_correlation,
+        **_front_in_report(supernet, result, front, again, settings.quantity),
         "recalled": cache.counts["recalled"],
         "budgets": {text: {"scheme": scheme.to_json(), **supernet.costs.summary(scheme)} for text, scheme in chosen.items()},
         "images": {
@@ -211,6 +193,39 @@ def run_search(
     }
     tell("result", budgets=report["budgets"], hypervolume=report["hypervolume"]["value"], rank_correlation=result.rank_correlation)
     return Search(supernet, chosen, report)
+
+
+def _split_samples(supernet: Supernet, samples: Samples, settings: SearchSettings) -> tuple[Samples, int, list[Batch], list[Batch]]:
+    """Return (training samples, number of held-out samples to search on, these as batches, as many others to measure the front on)."""
+    if not samples.labelled:
+        raise InvalidInput("The search needs labels: subnets are ranked by their accuracy. Give labelled data.")
+    fitting, held_out = held_out_split(samples, supernet.settings)
+    images = min(settings.images, len(held_out) // 2)
+    if images < 1:
+        raise InvalidInput(
+            f"{len(held_out)} held-out sample(s) are too few: both the search and the front need some. Train with a larger --held-out."
+        )
+    search_on, measure_on = (list(held_out.subset(range(at, at + images)).batches(256)) for at in (0, images))
+    return fitting, images, search_on, measure_on
+
+
+def _front_in_report(
+    supernet: Supernet, result: SearchResult, front: Sequence[Evaluated], again: Mapping[Scheme, float], quantity: str
+) -> dict[str, Any]:
+    """Return the evaluated subnets, the front among them and its hypervolume; `again` are the scores of the second measurement."""
+    # The same corner for every search of this supernet: the highest bits' cost, the lowest bits' score.
+    corner = (total_cost(supernet.costs, quantity, supernet.method.highest), result.evaluated[0].score)
+    rows = [
+        {"scheme": o.scheme.to_json(), "score": o.score, "cost": o.cost, "origin": o.origin, "measured": again.get(o.scheme)}
+        for o in result.evaluated
+    ]  # fmt: skip
+    return {
+        "quantity": quantity,
+        "evaluated": rows,
+        "front": [rows[result.evaluated.index(one)] for one in front],
+        "hypervolume": {"value": hypervolume(front, *corner), "cost": corner[0], "score": corner[1]},
+        "rank_correlation": result.rank_correlation,
+    }
 
 
 def lowest(supernet: Supernet) -> Scheme:
@@ -284,8 +299,7 @@ def search(
     budget      one or several, each as for `calibrate`, but only costs
     model, metric, workers, device  as for `calibrate`
     cache       store every evaluation, in this folder or (True) in the user's cache directory: a search that was interrupted, or has
-                another
-                budget, does not repeat them. Scores of another supernet, data or metric are never reused
+                another budget, does not repeat them. Scores of another supernet, data or metric are never reused
 
     Raises InfeasibleBudget with the smallest possible budget if no subnet fits one.
     """

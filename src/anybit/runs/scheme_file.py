@@ -20,7 +20,7 @@ from anybit.networks.candidates import ActivationCandidate, WeightCandidate, ins
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import edge_grids
 from anybit.networks.layer_types import COVERED, type_of
-from anybit.networks.layers import codes_of, float_weight, prepare, quantized_layers, weight_rows
+from anybit.networks.layers import QuantizedLayer, codes_of, float_weight, prepare, quantized_layers, weight_rows
 from anybit.networks.norms import is_norm, keeps_statistics, running_statistics
 from anybit.networks.rewrites import Rewrite, rewrite_of, rewritten_as
 from anybit.networks.rounding import edge_grids as edge_grids_of
@@ -207,6 +207,26 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     ]
     specs = layout(stored, len(file.edges), sum(t.numel() for t in numbers.values()), {key: spec_of(t) for key, t in others.items()})
     tensors = read_tensors(folder / "model.safetensors", specs)
+    _load(layers, file, tensors, numbers, others)
+    edges = dict(zip(file.edges, [tuple(row) for row in tensors["edges"].tolist()], strict=True)) if file.edges else {}
+    check_edges(edges, folder / "model.safetensors")
+    check_state(model, folder / "model.safetensors")
+    check_fingerprint(folder, file.fingerprint, model)
+    model = round_edges(model.eval(), edge_grids(edges, file.rounded or ()))
+    return Canonical(model, file.folded, edges, read_fingerprint(folder, file.fingerprint))
+
+
+def _load(
+    layers: Mapping[str, QuantizedLayer],
+    file: SchemeFile,
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
+) -> None:
+    """Load the tensors of model.safetensors into the layers' slots and, in place, into the other entries of the state dict.
+
+    `numbers` are the float32 entries, which share one tensor; `others` have their own keys.
+    """
     cursor = {name: 0 for name in tensors}
 
     def take(name: str, count: int) -> Tensor:
@@ -214,7 +234,7 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
         cursor[name] += count
         return values
 
-    for name, precision in scheme.items():
+    for name, precision in file.scheme.items():
         layer, record = layers[name], file.layers[name]
         weights = inputs = None
         if precision.weight_bits:
@@ -233,12 +253,6 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
             tensor.copy_(take("floats", tensor.numel()).view(tensor.shape))
         for key, tensor in others.items():
             tensor.copy_(tensors[key])
-    edges = dict(zip(file.edges, [tuple(row) for row in tensors["edges"].tolist()], strict=True)) if file.edges else {}
-    check_edges(edges, folder / "model.safetensors")
-    check_state(model, folder / "model.safetensors")
-    check_fingerprint(folder, file.fingerprint, model)
-    model = round_edges(model.eval(), edge_grids(edges, file.rounded or ()))
-    return Canonical(model, file.folded, edges, read_fingerprint(folder, file.fingerprint))
 
 
 def check_edges(edges: Mapping[str, tuple[float, float]], where: Path | str) -> None:

@@ -22,9 +22,9 @@ from anybit.networks.copies import copied
 from anybit.progress import tell
 from anybit.sources.arrays import array_of, names_of_inputs, read_samples, samples_of_arrays
 from anybit.sources.callables import call_user_function, import_optional, load_callable
+from anybit.sources.images import ImageFolder
 from anybit.sources.items import is_batch, read_items, rows_of, runs, samples_of_items
 from anybit.sources.models import huggingface, is_transformers
-from anybit.sources.pictures import ImageFolder
 from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import check_data, split_subset
 
