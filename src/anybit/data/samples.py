@@ -119,7 +119,7 @@ def have_form_of_classes(labels: Tensor, outputs: Tensor) -> bool:
 
 
 def class_numbers(labels: Tensor) -> Tensor:
-    """Return class numbers as int64, without the dimension of a column. Raise InvalidInput for fractions, NaN and numbers beyond 2^53."""
+    """Return class numbers as int64, without the dimension of a column. Raises InvalidInput for fractions, NaN and numbers beyond 2^53."""
     if (wrong := fractions(labels)).any():
         raise InvalidInput(
             f"A label is {float(labels[wrong][0]):g}, and labels are read as class numbers, by the task or because the first ones "

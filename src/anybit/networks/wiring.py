@@ -42,6 +42,8 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 ESCAPES = {"item", "tolist", "numpy", "array", "bool", "float", "int", "index", "equal", "allclose", "is_nonzero"}
 """Functions that read values and return no tensor."""
+LITERALS = {"tensor", "as_tensor", "asarray", "from_numpy"}
+"""Functions whose numbers may come from anywhere."""
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}
 """Activations that only bound values, and so create no new ones."""
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -77,6 +79,7 @@ class Operation:
     read      of a layer: the shape of the first tensor that it reads, including the batch
     moves     whether the output contains only numbers of the input, and zeros
     constants tensors of several numbers among the operands that are not observed values: weights, masks, buffers
+    constant  whether all that it reads was computed from parameters, buffers and sizes alone
     """
 
     name: str
@@ -91,6 +94,7 @@ class Operation:
     read: tuple[int, ...] = ()
     moves: bool = False
     constants: int = 0
+    constant: bool = False
 
     @property
     def edge(self) -> str:
@@ -235,12 +239,7 @@ class Wiring:
 
     def constant_layers(self) -> set[str]:
         """Return the layers that do not depend on the inputs in any of their calls."""
-        depends, varying = set(self.input_values), set[str]()
-        for op in self.operations:
-            if depends & set(op.inputs):
-                depends.update(op.outputs)
-                varying.update([op.name] if op.kind == LAYER else [])
-        return set(self.layer_names()) - varying
+        return {name for name in self.layer_names() if all(op.constant for op in self.runs(name))}
 
     def batch_norm_after(self, layer: str) -> str | None:
         """Return the batch norm that alone reads this layer's output and normalizes its channels, both called once; None if there is
@@ -542,6 +541,10 @@ class _Observer(_Namer):
         self.channels_last = {name for name, module in layers if type_of(module).channels_last}
         self.marks: dict[int, tuple[str, int, Tensor]] = {}  # value -> (layer, number of channels, channel index at each place)
         self.channels_second: dict[int, str] = {}
+        self.constants: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()
+        for module in model.modules():
+            attributes = {key: value for key, value in vars(module).items() if key != "_modules"}
+            self.constants.update(dict.fromkeys(tensors_in(attributes)))
 
     def begin(self, batch: Batch) -> None:
         self.input_values = tuple(self._new_value(tensor) for tensor in tensors_in(batch.inputs))
@@ -590,6 +593,7 @@ class _Observer(_Namer):
             kind, owner = _bare_name(func), self.stack[-1]
             created = args[0] if kind == "setitem" else output
             tensors = tensors_in(created)
+            self._note_constants(kind, tensors_in((args, kwargs)), tensors)
             if not tensors and kind not in ESCAPES:  # a shape, a type, a device: most calls
                 return output
             arguments = (args[:1] if kind.endswith("_as") else args), kwargs  # only a shape or type of the other is read
@@ -607,6 +611,15 @@ class _Observer(_Namer):
                 if marked is not None:
                     self._mark(marked, tensors, func, args, kwargs)
         return output
+
+    def _note_constants(self, kind: str, read: Sequence[Tensor], created: Sequence[Tensor]) -> None:
+        """Note which tensors do not depend on the inputs: those computed from others like them, or from sizes."""
+        constant = kind not in LITERALS and all(tensor in self.constants for tensor in read)
+        for tensor in created:
+            if constant:
+                self.constants[tensor] = None
+            else:
+                self.constants.pop(tensor, None)  # an in-place operation may have written into it
 
     def _alias(self, output: Tensor, value: Tensor) -> None:
         """Give the output of an operation that changes nothing the number of its input."""
@@ -633,8 +646,11 @@ class _Observer(_Namer):
         shape = tuple(tensors[0].shape) if tensors else ()
         within, seen = (tuple(self.stack[1:]), self.shapes_read[name]) if is_layer else ((), ())
         moves = kind in MOVES or (kind == "pad" and _pads_zeros(*arguments))
-        operation = Operation(name, kind, owner, inputs, outputs, shape, function, call, within, seen, moves, constants)
+        constant = all(tensor in self.constants for tensor in read)
+        operation = Operation(name, kind, owner, inputs, outputs, shape, function, call, within, seen, moves, constants, constant)
         self.operations.append(operation)
+        if is_layer or kind == BATCH_NORM:  # functions are noted where they are called
+            self._note_constants(kind, read, tensors)
         if not tensors:
             return output
         self._mark_channels(operation, tensors)

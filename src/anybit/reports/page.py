@@ -59,7 +59,7 @@ class Rows(NamedTuple):
 
 
 class Amount(NamedTuple):
-    """A number of the answer, and what it is compared with."""
+    """A number of the answer, and its reference."""
 
     name: str
     value: str
@@ -225,7 +225,7 @@ def _asked(record: Record) -> str:
 
 
 def _headline(record: Record) -> Context:
-    """Return the answer: score, size and speed beside the float network's, and what it was asked."""
+    """Return the answer: score, size and speed beside the float network's, and the question."""
     result = record.result
     if result is None:
         count = f"{len(record.search.front)} subnets on the front" if record.search else f"{len(record.subnets)} uniform subnets"

@@ -250,8 +250,11 @@ def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> 
     Raises UnsupportedModel if the model's outputs on the first samples are NaN or infinite.
     """
     batches = list(samples.subset(range(min(FIRST_LABELS, len(samples)))).batches(2))
-    with evaluating(model):
-        outputs = predict(copied(model), batches[0])
+    try:
+        with evaluating(model):
+            outputs = predict(copied(model), batches[0])
+    except Exception:  # a model may raise any error on inputs that it rejects; the observing pass reports it
+        return samples
     if not torch.isfinite(outputs).all():
         raise UnsupportedModel("The network's outputs are NaN or infinite on the first inputs. Check the network and the data.")
     outputs = samples.reader.split(outputs)[0] if isinstance(samples.reader, OutputReader) else outputs
