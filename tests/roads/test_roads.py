@@ -30,6 +30,7 @@ from anybit.data.samples import Samples
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.cost import HEADER_SLACK
 from anybit.networks.layers import scheme_of
+from anybit.progress import listening
 from anybit.roads import memory as memory_checks
 from anybit.roads.allocate import allocate
 from anybit.roads.calibrate import calibrate
@@ -300,6 +301,35 @@ def test_allocates_new_budget_from_a_saved_run(run_folder, calibrated, tmp_path)
     assert 3 < again.report["result"]["weight_bits"] <= 6
     assert torch.equal(anybit.load(tmp_path / "second", model=model)(x), result.model(x))
     assert scheme_of(result.model) == result.scheme
+
+
+def test_a_new_budget_is_tested_where_there_is_test_data(run_folder, calibrated):
+    model, x, _ = calibrated
+    labels = model(x).argmax(1)
+    plain = anybit.allocate(run_folder, "3bit", data=x, model=model)
+    tested = anybit.allocate(run_folder, "3bit", data=x, model=model, test=(x, labels))
+    assert "test" not in plain.report and tested.report["float_test"]["top1"] == 100.0
+    assert tested.report["test"] == tested.evaluate((x, labels)) | {key: tested.report["test"][key] for key in ("kl", "agreement")}
+    assert tested.scheme == plain.scheme
+    held_out = anybit.allocate(run_folder, "3bit", data=(x, labels), model=model)
+    assert held_out.report["float_held_out"] == {"top1": 100.0} and "; held-out top-1 " in held_out.summary()
+
+
+@pytest.mark.parametrize("where", ["data", "test"])
+def test_a_float_network_at_chance_is_noted(where):
+    x, notes = pictures(64), []
+    labels = torch.arange(64) % 5
+    known = make(Chain)(x).argmax(1)
+
+    def note_of(labels):
+        given = {"data": (x, labels)} if where == "data" else {"data": x, "test": (x, labels)}
+        with listening(events=lambda event, fields: notes.extend([fields["note"]] if "note" in fields else [])):
+            report = anybit.calibrate(make(Chain), budget=None, **given, **FAST | {"samples": 64, "held_out": 0.5}).report
+        return [note for note in report.get("notes", []) if "most frequent class" in note]
+
+    (note,) = note_of(labels)
+    assert "--weights FILE" in note and note in notes
+    assert note_of(known) == []
 
 
 def test_rounding_is_recorded_and_names_its_stages(tmp_path):
