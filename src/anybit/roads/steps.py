@@ -238,7 +238,7 @@ def chance_in_words(outputs: Tensor, labels: Tensor, task: Task, where: str) -> 
         return ""
     right = float((outputs.argmax(1).cpu() == labels.cpu()).double().mean())
     frequent = float(labels.unique(return_counts=True)[1].max()) / len(labels)
-    if right > frequent + 2 * math.sqrt(frequent * (1 - frequent) / len(labels)):
+    if frequent == 1 or right > frequent + 2 * math.sqrt(frequent * (1 - frequent) / len(labels)):
         return ""
     return (
         f"the float network's top-1 accuracy on the {where} is {100 * right:.1f} %, no better than always naming the most frequent class "
