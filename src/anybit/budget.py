@@ -274,13 +274,13 @@ class Budget:
 
     def costs(self) -> list[tuple[Cost, float]]:
         """Return the limited costs, each with its limit."""
-        found = ((QUANTITIES[condition.quantity], condition.limit) for condition in self.conditions)
-        return [(quantity, limit) for quantity, limit in found if isinstance(quantity, Cost)]
+        limited = ((QUANTITIES[condition.quantity], condition.limit) for condition in self.conditions)
+        return [(quantity, limit) for quantity, limit in limited if isinstance(quantity, Cost)]
 
     def loss(self) -> Loss | None:
         """Return the limited loss, or None."""
-        found = (QUANTITIES[condition.quantity] for condition in self.conditions)
-        return next((quantity for quantity in found if isinstance(quantity, Loss)), None)
+        limited = (QUANTITIES[condition.quantity] for condition in self.conditions)
+        return next((quantity for quantity in limited if isinstance(quantity, Loss)), None)
 
     def __str__(self) -> str:
         return self.text

@@ -77,6 +77,6 @@ def cache(
     anybit cache --check
     anybit cache --trim 1GB
     """
-    from anybit.files.cache import tidied
+    from anybit.files.cache import cache_summary
 
-    return Outcome(tidied(trim, check), "print_cache")
+    return Outcome(cache_summary(trim, check), "print_cache")

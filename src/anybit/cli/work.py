@@ -116,8 +116,8 @@ def _continuation(verb: str) -> str:
     """Return what remains of an interrupted verb, and the command that continues it."""
     if verb not in KEPT or "--no-cache" in sys.argv:
         return ""
-    anew = "--overwrite" if verb in ("grow", "train") else None  # it would start the training again
-    command = shlex.join(["anybit", *(printable(one) for one in sys.argv[1:] if one != anew)])
+    restart = "--overwrite" if verb in ("grow", "train") else None  # it would start the training again
+    command = shlex.join(["anybit", *(printable(one) for one in sys.argv[1:] if one != restart)])
     return f". {KEPT[verb]}. This continues:\n  {command}"
 
 

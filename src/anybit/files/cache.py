@@ -151,11 +151,11 @@ def open_cache(cache: str | Path | bool) -> Cache:
     return Cache(Path(cache))
 
 
-def settle(recall: Cache) -> None:
+def report_and_trim(recall: Cache) -> None:
     """Report the reused results, and trim the cache to its limit."""
     if recall.counts["recalled"]:
-        made = recall.counts["made"]
-        tell("note", note=f"{recall.counts['recalled']} results reused from the cache, {made} computed")
+        computed = recall.counts["made"]
+        tell("note", note=f"{recall.counts['recalled']} results reused from the cache, {computed} computed")
     if recall.folder is not None:
         trim_cache(recall.folder, LIMIT)
 
@@ -242,7 +242,7 @@ def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_resul
             yield path, status
 
 
-def tidied(trim: int | None = None, check: bool = False) -> dict[str, Any]:
+def cache_summary(trim: int | None = None, check: bool = False) -> dict[str, Any]:
     """Describe the user's cache directory, after trimming it to `trim` bytes and removing damaged results on request."""
     folder = results_folder()
     if folder is None:
@@ -250,5 +250,5 @@ def tidied(trim: int | None = None, check: bool = False) -> dict[str, Any]:
     removed = 0 if trim is None else trim_cache(folder, trim)
     damaged = {str(path): reason for path, reason in remove_damaged(folder).items()} if check else {}
     sizes = [entry.bytes for entry in entries(folder)]
-    found = {"folder": str(folder), "results": len(sizes), "bytes": sum(sizes), "limit": LIMIT}
-    return {**found, "removed_bytes": removed, "damaged": damaged}
+    summary = {"folder": str(folder), "results": len(sizes), "bytes": sum(sizes), "limit": LIMIT}
+    return {**summary, "removed_bytes": removed, "damaged": damaged}

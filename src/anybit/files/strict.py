@@ -212,14 +212,14 @@ def check_tensors(path: Path, specs: Mapping[str, TensorSpec], expected: Mapping
     """Raise InvalidFile unless the names, types and shapes of a file's tensors are as expected."""
     if set(specs) != set(expected):
         lacking, surplus = sorted(set(expected) - set(specs)), sorted(set(specs) - set(expected))
-        said = (
+        difference = (
             f"tensors lacking: {reprlib.repr(lacking) if lacking else 'none'}; unexpected: {reprlib.repr(surplus) if surplus else 'none'}"
         )
-        raise InvalidFile(f"{path}: {said}. Restore it or recreate it.")
+        raise InvalidFile(f"{path}: {difference}. Restore it or recreate it.")
     for name, spec in expected.items():
         if specs[name] != TensorSpec(spec.dtype, tuple(spec.shape)):
-            there = f"{specs[name].dtype} {reprlib.repr(list(specs[name].shape))}"
-            raise InvalidFile(f"{path}: tensor {name} is {there}; {spec.dtype} {list(spec.shape)} is needed. Restore it or recreate it.")
+            actual = f"{specs[name].dtype} {reprlib.repr(list(specs[name].shape))}"
+            raise InvalidFile(f"{path}: tensor {name} is {actual}; {spec.dtype} {list(spec.shape)} is needed. Restore it or recreate it.")
 
 
 def _finite(tensor: Any) -> bool:

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from anybit.budget import Budget
 from anybit.calls import public
 from anybit.errors import InvalidSetting, printable
-from anybit.files.whole import whole_file
+from anybit.files.whole import check_place, whole_file
 from anybit.reports import figures
 from anybit.reports.words import (
     SCORE_WORDS,
@@ -77,6 +77,7 @@ def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Pa
     Returns the path of the page. Raises InvalidFile naming a folder that is not a run, InvalidSetting if `output` exists.
     """
     path = Path(output)
+    check_place(path, "--output")
     if path.is_dir() or (path.exists() and not overwrite):
         raise InvalidSetting(f"{path} exists. Choose another --output{'' if path.is_dir() else ', or give --overwrite'}.")
     if not runs:
@@ -98,6 +99,7 @@ class Page(NamedTuple):
 
     def save(self, path: str | Path) -> Path:
         """Write the page."""
+        check_place(Path(path), "path")
         with whole_file(Path(path), "Make room, or choose another path.") as draft:
             draft.write_text(self.html, encoding="utf8")
         return Path(path)

@@ -162,8 +162,8 @@ def check_saved(
     possible = {name: [str(precision) for precision in options] for name, options in network.choices.items()}
     if possible != dict(choices):
         different = next(name for name in {**possible, **choices} if possible.get(name) != choices.get(name))
-        said = f"choices of {different} are {choices.get(different)}, but its settings give {possible.get(different)}"
-        raise InvalidFile(f"{path}: {said}. Run calibrate again.")
+        difference = f"choices of {different} are {choices.get(different)}, but its settings give {possible.get(different)}"
+        raise InvalidFile(f"{path}: {difference}. Run calibrate again.")
     lacking = next((row for row in rows_to_measure(network.choices, table.pairs) if row not in table.measured), None)
     if lacking:
         raise InvalidFile(f"{path}: the table has no row of {lacking[0]} at {lacking[1]}. Run calibrate again.")

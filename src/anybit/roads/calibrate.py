@@ -17,7 +17,7 @@ from anybit.data.tasks import LabelledOutputs, Metric, WeightedErrors, labels_in
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import UnsupportedModel
-from anybit.files.cache import Cache, open_cache, settle
+from anybit.files.cache import Cache, open_cache, report_and_trim
 from anybit.files.contents import contents_of
 from anybit.methods.table import rounding_named
 from anybit.networks.canonical import Canonical
@@ -137,7 +137,7 @@ def calibrate(
         "network": weights_digest(bench.network),
     }
     results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages))) for one in budgets]
-    settle(entries)
+    report_and_trim(entries)
     return Results(results) if several else results[0]
 
 

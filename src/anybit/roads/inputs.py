@@ -13,6 +13,7 @@ from anybit.data.outputs import OutputReader
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, Task, check_metric
 from anybit.errors import InvalidInput, InvalidSetting, naming
+from anybit.files.whole import check_place
 from anybit.loops.processes import join_processes
 from anybit.networks.coarse import coarse_in_words
 from anybit.networks.copies import checked_copy, copied
@@ -137,6 +138,17 @@ def example_of(calibration: Calibration) -> Batch:
         with suppress(RuntimeError):  # if their shapes differ
             return join([example, calibration.fitting[1].head(1)])
     return example
+
+
+def checkpoint_place(checkpoint: str | Path | None) -> Path | None:
+    """Return the file of the checkpoint. Raises InvalidSetting before any work if it cannot be written."""
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    check_place(path, "--checkpoint")
+    if path.is_dir():
+        raise InvalidSetting(f"{path} is a folder. Name a file with --checkpoint.")
+    return path
 
 
 def training_inputs(

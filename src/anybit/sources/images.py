@@ -13,10 +13,13 @@ from anybit.errors import InvalidInput, some
 from anybit.files.cache import digest_of_files
 from anybit.files.contents import contents_of
 from anybit.files.strict import in_words
+from anybit.progress import tell
 from anybit.sources.callables import import_optional
 from anybit.sources.preprocessing import Preprocessing
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+DIGITS = 9
+"""Digits of the largest class number."""
 PIXELS = 2**25
 """Limit for an image whose short side is resized: a file of a few bytes can claim a strip that becomes gigabytes."""
 
@@ -74,16 +77,33 @@ def class_numbers(names: Collection[str], classes: Collection[str] | None, root:
                 "the order of their numbers: --classes A,B,C."
             )
         return known
-    if all(map(_is_number, names)):
+    if _are_numbers(names):
         numbers = {name: int(name) for name in names}
         if len(set(numbers.values())) < len(numbers):
             raise InvalidInput(f"{root} has several class folders with the same number ({some(sorted(names))}). Use each number once.")
         return numbers
+    _tell_of_mixed(names)
     return {name: number for number, name in enumerate(sorted(names))}
 
 
 def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit() and len(name) <= 9
+    return name.isascii() and name.isdigit()
+
+
+def _are_numbers(names: Collection[str]) -> bool:
+    """Return whether folders are named by class numbers. Raises InvalidInput if one of these is beyond any number of classes."""
+    if not all(map(_is_number, names)):
+        return False
+    if large := next((name for name in sorted(names) if len(name.lstrip("0")) > DIGITS), None):
+        raise InvalidInput(f"The class folder {large:.40} names a class number beyond {10**DIGITS - 1}. Name it by its class number.")
+    return True
+
+
+def _tell_of_mixed(names: Collection[str]) -> None:
+    """Print a note if some folders are named by numbers and others are not: the numbers are then part of the names."""
+    if any(map(_is_number, names)):
+        first = ", ".join(f"{name} is {number}" for number, name in list(enumerate(sorted(names)))[:4])
+        tell("note", note=f"some class folders are numbers and some names, so all are numbered in sorted order: {first}. --classes sets it")
 
 
 def common_classes(references: Iterable[Any]) -> tuple[str, ...] | None:
@@ -92,8 +112,18 @@ def common_classes(references: Iterable[Any]) -> tuple[str, ...] | None:
     None if there are none, or if folders are named by their class numbers.
     """
     roots = [Path(reference) for reference in references if isinstance(reference, str) and Path(reference).is_dir()]
-    names = set().union(*(_class_folders(root, _images(root)) for root in roots)) if roots else set()
-    return None if all(map(_is_number, names)) else tuple(sorted(names))
+    folders = {root: _class_folders(root, _images(root)) for root in roots}
+    names = set().union(*folders.values())
+    if _are_numbers(names):
+        return None
+    if numbered := [root for root, own in folders.items() if own and all(map(_is_number, own))]:
+        other = next(root for root in roots if root not in numbered)
+        raise InvalidInput(
+            f"The class folders of {numbered[0]} are numbers, and those of {other} also names ({some(sorted(folders[other]))}). Name them "
+            "alike, or name all classes in the order of their numbers: --classes A,B,C."
+        )
+    _tell_of_mixed(names)
+    return tuple(sorted(names))
 
 
 def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
