@@ -230,7 +230,7 @@ BAD = {
     "sensitivity base": (["--sensitivity-base", "W9A8"], "9"),
     "mean": (["--mean", "a,b"], "--mean"),
     "mean of other channels": (["--mean", "0.1,0.2"], "3 channels"),
-    "mean of vectors": (["--data", "vectors.npz", "--mean", "0.1"], "pictures"),
+    "mean of vectors": (["--data", "vectors.npz", "--mean", "0.1"], "images"),
     "labels of other classes": (["--data", "labels.npz"], "5 classes"),
     "size of arrays": (["--size", "8"], "--size"),
     "unlabelled drop": (["--data", "unlabelled.npz", "--budget", "drop=1%"], "label"),

@@ -122,7 +122,7 @@ def are_class_numbers(labels: Tensor, outputs: Tensor, named: bool) -> bool:
 
 
 def class_numbers(labels: Tensor) -> Tensor:
-    """Return class numbers as int64, without the dimension of a column. Raise InvalidInput for fractions, NaN and numbers beyond 2^53."""
+    """Return class numbers as int64, without the dimension of a column. Raises InvalidInput for fractions, NaN and numbers beyond 2^53."""
     if (fractions := _fractions(labels)).any():
         raise InvalidInput(
             f"A label is {float(labels[fractions][0]):g}, and labels are read as class numbers, by the task or because the first ones "

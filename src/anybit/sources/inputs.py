@@ -249,8 +249,11 @@ def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> 
     if not samples.labelled or task not in OF_CLASSES or (samples.reader and samples.reader.task not in OF_CLASSES):
         return samples
     batch = next(samples.subset(range(min(FIRST_LABELS, len(samples)))).batches(FIRST_LABELS))
-    with evaluating(model):
-        outputs = predict(copied(model), batch)
+    try:
+        with evaluating(model):
+            outputs = predict(copied(model), batch)
+    except Exception:  # a model may raise any error on inputs that it rejects; the observing pass reports it
+        return samples
     outputs = samples.reader.split(outputs)[0] if isinstance(samples.reader, OutputReader) else outputs
     if batch.labels is None or not are_class_numbers(batch.labels, outputs, task is not None):
         return samples
