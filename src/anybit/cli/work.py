@@ -1,7 +1,6 @@
 """Run a verb on the command line: print errors as one line, progress, log and result."""
 
 import inspect
-import json
 import os
 import shlex
 import sys
@@ -69,7 +68,10 @@ def as_command(function: Callable[..., Outcome | None], *more: str) -> Callable[
 
 def _print(outcome: Outcome, common: Mapping[str, Any]) -> None:
     if common.get("as_json"):
-        print(json.dumps(outcome.data))
+        from anybit.files.lines import plain
+        from anybit.files.strict import json_text
+
+        print(json_text(plain(outcome.data)))
     elif callable(outcome.show):
         outcome.show(not common.get("quiet"))
     else:

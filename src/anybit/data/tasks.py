@@ -644,6 +644,11 @@ class LabelledOutputs:
         if reference is not None:
             measured = task.distance
             result |= {measured.key: distance(self.outputs, reference, task)} | measured.further(self.outputs, reference)
+        for name, value in result.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                wrong = (~torch.isfinite(self.outputs.reshape(len(self.outputs), -1)).all(1)).nonzero().flatten().tolist()
+                which = f": the outputs are NaN or infinite on {len(wrong)} {unit}, the first is {wrong[0]}" if wrong else ""
+                raise InvalidInput(f"The score {name} is {value}{which}. Check the network and the data.")
         return result
 
 

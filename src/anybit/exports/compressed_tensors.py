@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from anybit.data.tasks import Metric, check_metric_on, compare_exported, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
-from anybit.files.strict import load_tensors, read_header, read_json
+from anybit.files.strict import json_text, load_tensors, read_header, read_json
 from anybit.files.whole import check_place
 from anybit.networks.canonical import Canonical
 from anybit.networks.layer_types import COVERED, type_of
@@ -231,7 +231,7 @@ def _exported(canonical: Canonical, file: SchemeFile, embeddings: bool) -> tuple
     own = own_network(network)
     tensors = packed(canonical, own, transposed_layers(own), embeddings)
     config = own_config(network) | {"quantization_config": tensors.quantization, RUN: file.sha256}
-    return tensors, {CONFIG: (json.dumps(config, indent=1) + "\n").encode(), **files_beside(network)}
+    return tensors, {CONFIG: (json_text(config, indent=1) + "\n").encode(), **files_beside(network)}
 
 
 def _check_free(path: Path, overwrite: bool) -> None:

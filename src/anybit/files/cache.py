@@ -18,6 +18,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,8 +30,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from anybit.environment import own_folder
-from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files.strict import parse_json, sha256_of
+from anybit.errors import AnybitError, InvalidFile, InvalidSetting
+from anybit.files.strict import json_text, parse_json, sha256_of
 from anybit.files.whole import write_whole
 from anybit.progress import tell
 
@@ -104,9 +105,10 @@ class Cache:
         return self.folder / key[:2] / key
 
     def _keep(self, path: Path, name: str, entry: Entry) -> None:
-        """Store a result; a full disk costs a warning, not the run."""
+        """Store a result; a full disk costs a warning, not the run. Numbers that JSON cannot represent are computed again."""
         try:
-            write_whole(path, _serialized(name, entry))
+            with suppress(AnybitError):
+                write_whole(path, _serialized(name, entry))
         except OSError as error:
             if not self.counts["unwritable"]:
                 reason = f"{path.parent} cannot be written to ({error.strerror})"
@@ -115,7 +117,7 @@ class Cache:
 
 
 def _serialized(name: str, entry: Entry) -> bytes:
-    record = np.frombuffer(json.dumps({"name": name, "value": entry.record}).encode(), np.uint8)
+    record = np.frombuffer(json_text({"name": name, "value": entry.record}).encode(), np.uint8)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in entry.tensors.items()}
     data = safetensors.torch.save({RECORD: torch.from_numpy(record.copy()), **{f"={key}": tensor for key, tensor in tensors.items()}})
     return hashlib.sha256(data).digest() + data

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from anybit.errors import InvalidFile
+from anybit.errors import AnybitError, InvalidFile
 from anybit.numerics.packing import TensorSpec
 
 LEVELS = 64
@@ -59,9 +59,29 @@ def read_bytes(path: Path) -> bytes:
         raise InvalidFile(f"{path} cannot be read: {error.strerror}. Restore it or recreate it.") from error
 
 
+def json_text(data: Any, indent: int | None = None) -> str:
+    """Return JSON, which every writer uses. Raises AnybitError naming a number that JSON cannot represent: NaN or infinity."""
+    try:
+        return json.dumps(data, indent=indent, allow_nan=False)
+    except ValueError as error:
+        place = _not_finite(data)
+        if place is None:
+            raise
+        raise AnybitError(f"{place} is NaN or infinite, which JSON cannot represent. Check the network and the data.") from error
+
+
+def _not_finite(data: Any, place: str = "The value") -> str | None:
+    """Return where a number is not finite; None if all are."""
+    if isinstance(data, float) and not math.isfinite(data):
+        return place
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, (list, tuple)) else ()
+    inner = (_not_finite(value, str(key) if place == "The value" else f"{place}.{key}") for key, value in items)
+    return next(filter(None, inner), None)
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write indented JSON with a final newline. Raises ValueError for numbers that JSON cannot represent."""
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf8")
+    """Write indented JSON with a final newline. Raises AnybitError for numbers that JSON cannot represent."""
+    path.write_text(json_text(data, indent=1) + "\n", encoding="utf8")
 
 
 def _refuse_constant(text: str):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files.strict import DIGEST, check_version, parse_json, read_header, read_tensors, validated
+from anybit.files.strict import DIGEST, check_version, json_text, parse_json, read_header, read_tensors, validated
 from anybit.files.whole import whole_file
 from anybit.loops.trainee import Trainee
 from anybit.networks.states import check_state, spec_of
@@ -53,7 +53,7 @@ def save_checkpoint(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).contiguous().clone() for key, value in state.items()}
     tensors |= {f"method.{key}": tensor.contiguous().clone() for key, tensor in trainee.state().items()}
-    stored = json.dumps({"version": 1, "records": records, "identity": dict(identity), "decisions": trainee.decisions()})
+    stored = json_text({"version": 1, "records": records, "identity": dict(identity), "decisions": trainee.decisions()})
     restart = "Make room, or choose another --checkpoint."
     on = f"Make room: the same command continues from the checkpoint of epoch {len(records) - 1}."
     with whole_file(path, on if path.is_file() else restart) as draft:

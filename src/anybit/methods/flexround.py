@@ -1,19 +1,19 @@
-"""FlexRound: learn for each weight what it is divided by before it is rounded.
+"""FlexRound: learn for each weight a divisor that is applied before rounding.
 
     W~ = s1 clip(round(W / (s1 S2 s3)), quant_min, quant_max)
     argmin over s1, S2, s3      || W X - W~ X ||^2
 
 s1 is the scale of the codes, [channels, 1]; S2, [channels, fan-in], and s3, [channels, 1], are factors of 1 at the start, so that the
-initial weight is the float one rounded to nearest. A weight may move by several levels. By the rule for reciprocals the gradient to its
-factor is proportional to the weight: large weights move far, small ones little, and a weight of zero stays.
+initial weight is the float one rounded to nearest. A weight may move by several levels. Since the weight is
+divided, the gradient to its factor is proportional to it: large weights move far, small ones little, and a weight of zero stays.
 
 Source: Lee, Kim, Kwon, Lee, "FlexRound: Learnable Rounding based on Element-wise Division for Post-Training Quantization", ICML 2023
 (arXiv 2306.00317), section 3. Deviations; more are in the loop (`loops.reconstruction`):
 
-  * The scale of the codes is one a channel (published: mostly one a tensor), so that s3 differs from it in the divisor alone.
+  * There is one scale of codes per channel (published: mostly one per tensor), so that s3 differs from it only in the divisor.
   * Convolutions have no factor s4 of each input channel: a rounding sees rows of weights, not kernels, and S2 includes it.
   * Factors are trained as logarithms, which keeps them positive; their rates are our own, for hundreds of steps (the
-    published ones are not known here).
+    published ones are unknown).
   * The sequential form starts at the float weights, whatever the parallel form's result: no division moves a code of zero.
 """
 

@@ -94,7 +94,7 @@ class Chart:
 
     @property
     def legend(self) -> list[Series]:
-        """The series to explain: open marks are left out where the same marks are filled, too."""
+        """Return the series to explain: open marks are left out if the same marks also occur filled."""
         filled = {series.name.partition(", ")[0] for series in self.series if not series.is_open}
         return [one for one in self.series if not (one.is_open and not one.dash and one.name.partition(", ")[0] in filled)]
 

@@ -214,7 +214,7 @@ def _weight_height(layer: LayerRow) -> int | None:
 
 
 def level_of(bits: int | None) -> str:
-    """Return the name of the colour of so many bits."""
+    """Return the name of the colour for this many bits."""
     return "float" if bits is None else str(bits)
 
 

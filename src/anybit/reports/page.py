@@ -5,7 +5,6 @@ A page is a function of its records alone. It works offline and without JavaScri
 
 import hashlib
 import html
-import json
 import os
 import re
 from base64 import b64encode
@@ -20,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from anybit.budget import Budget
 from anybit.calls import public
 from anybit.errors import InvalidSetting, printable
+from anybit.files.strict import json_text
 from anybit.files.whole import check_place, whole_file
 from anybit.reports import figures
 from anybit.reports.words import (
@@ -59,7 +59,7 @@ class Rows(NamedTuple):
 
 
 class Amount(NamedTuple):
-    """A number of the answer, and what it is compared with."""
+    """A number of the answer, and its reference."""
 
     name: str
     value: str
@@ -225,7 +225,7 @@ def _asked(record: Record) -> str:
 
 
 def _headline(record: Record) -> Context:
-    """Return the answer: score, size and speed beside the float network's, and what it was asked."""
+    """Return the answer: score, size and speed beside the float network's, and the question."""
     result = record.result
     if result is None:
         count = f"{len(record.search.front)} subnets on the front" if record.search else f"{len(record.subnets)} uniform subnets"
@@ -661,7 +661,7 @@ def _settings(records: Mapping[str, Record]) -> list[Rows]:
     tables = []
     for name, record in records.items():
         values = {**record.settings, **{f"environment: {key}": value for key, value in record.environment.items()}}
-        rows = [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in values.items()]
+        rows = [[key, value if isinstance(value, str) else json_text(value)] for key, value in values.items()]
         title = "Settings and environment" + (f" of {name}" if len(records) > 1 else "")
         tables += [Rows(title, ["what", "value"], rows)] if rows else []
     return tables
