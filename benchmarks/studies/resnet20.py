@@ -5,6 +5,7 @@
     uniform     W4A8, W4A4, W3A3, W2A4, W2A2, first and last layer at 8 bits, three seeds; below 4 bits also with long settings
     ladder      the gain of each step at each of these, one seed
     solver      with and without the closed-form solver: light, and 300 steps of AdaQuant; with processor times of one run
+    roundings   each rounding alone, 300 steps from ranges on 512 images, one seed; with processor times of one run
     mixed       4, 3 and 2.5 weight bits on average, everything in the budget: A8, and searched activation bits; three seeds
     small-sets  W4A4 from 8 to 1,024 images, three draws: ranges only, AdaQuant layer-wise and block-wise
     scatter     predicted against measured loss at 3 bits: integer program, 20 random schemes that fit, uniform
@@ -25,6 +26,7 @@ from anybit.allocation.choice import choose_scheme, measured_row
 from anybit.budget import Budget
 from anybit.data.samples import draw
 from anybit.environment import StageClock
+from anybit.methods.table import ROUNDINGS
 from anybit.networks.observed import ObservedNetwork
 from anybit.roads.calibrate import prepare_bench
 from anybit.roads.settings import CalibrateSettings
@@ -119,6 +121,13 @@ def solver(study: Calibration) -> None:
                 )
 
 
+def roundings(study: Calibration) -> None:
+    settings = {"solver": "none", "steps": 300, "samples": 512}
+    for w, a in ((3, 3), (4, 4), (2, 4), (4, 8)):
+        for name in ROUNDINGS:
+            study.measured(f"W{w}A{a} {name}", lambda w=w, a=a, name=name: study.timed(**fixed(w, a), rounding=name, **settings))
+
+
 def mixed(study: Calibration) -> None:
     budgets = ["4bit", "3bit", "2.5bit"]
     searched = ["4bit,bops=650M", "3bit,bops=490M"]
@@ -194,6 +203,7 @@ STUDIES = {
     "uniform": uniform,
     "ladder": ladder,
     "solver": solver,
+    "roundings": roundings,
     "mixed": mixed,
     "small-sets": small_sets,
     "scatter": scatter,

@@ -246,7 +246,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Budget:
-    """Conditions that must all hold, and their original text."""
+    """Conditions that must all hold, and their original text: `Budget.parse("4bit,bops=2G")`."""
 
     text: str
     conditions: tuple[Condition, ...]
@@ -274,13 +274,13 @@ class Budget:
 
     def costs(self) -> list[tuple[Cost, float]]:
         """Return the limited costs, each with its limit."""
-        found = ((QUANTITIES[condition.quantity], condition.limit) for condition in self.conditions)
-        return [(quantity, limit) for quantity, limit in found if isinstance(quantity, Cost)]
+        limited = ((QUANTITIES[condition.quantity], condition.limit) for condition in self.conditions)
+        return [(quantity, limit) for quantity, limit in limited if isinstance(quantity, Cost)]
 
     def loss(self) -> Loss | None:
         """Return the limited loss, or None."""
-        found = (QUANTITIES[condition.quantity] for condition in self.conditions)
-        return next((quantity for quantity in found if isinstance(quantity, Loss)), None)
+        limited = (QUANTITIES[condition.quantity] for condition in self.conditions)
+        return next((quantity for quantity in limited if isinstance(quantity, Loss)), None)
 
     def __str__(self) -> str:
         return self.text

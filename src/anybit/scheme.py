@@ -35,7 +35,7 @@ def check_positive(value: float, what: str) -> float:
 
 @dataclass(frozen=True)
 class Precision:
-    """Bits of one layer's weights and input activations; None means float."""
+    """Bits of one layer's weights (0, 2..8) and input activations (2..8); None means float. `Precision.parse("W4A8")` reads its text."""
 
     weight_bits: int | None = None
     activation_bits: int | None = None
@@ -72,7 +72,7 @@ FLOAT = Precision()
 
 @dataclass(frozen=True)
 class Scheme(Mapping[str, Precision]):
-    """Layer name -> precision, in the model's order."""
+    """An immutable mapping of layer name -> precision, in the model's order."""
 
     layers: Mapping[str, Precision] = field(default_factory=dict)
 
@@ -172,15 +172,15 @@ def match_patterns(patterns: Mapping[str, Precision], names: Iterable[str]) -> d
     """Return layer name -> precision for shell `patterns` on whole names. A later pattern wins. Raises InvalidSetting if one matches
     nothing."""
     names = list(names)
-    kept: dict[str, Precision] = {}
+    fixed: dict[str, Precision] = {}
     for pattern, precision in patterns.items():
         matched = fnmatch.filter(names, pattern)
         if not matched:
             near = difflib.get_close_matches(pattern, names, n=3)
             hint = f" Near matches: {', '.join(near)}." if near else ""
             raise InvalidSetting(f"--keep {pattern}={precision} matches no quantizable layer.{hint} `anybit inspect` lists the names.")
-        kept.update(dict.fromkeys(matched, precision))
-    return {name: kept[name] for name in names if name in kept}
+        fixed.update(dict.fromkeys(matched, precision))
+    return {name: fixed[name] for name in names if name in fixed}
 
 
 def check_choices(scheme: Mapping[str, Precision], choices: Mapping[str, Sequence[Precision]]) -> None:
@@ -188,8 +188,8 @@ def check_choices(scheme: Mapping[str, Precision], choices: Mapping[str, Sequenc
     Scheme({name: options[0] for name, options in choices.items()}).check_names(scheme)
     for name, precision in scheme.items():
         if precision not in choices[name]:
-            there = ", ".join(str(option) for option in choices[name])
-            raise SchemeMismatch(f"{name} was not trained at {precision}. Choose from {there}, or train again with those --bits.")
+            trained = ", ".join(str(option) for option in choices[name])
+            raise SchemeMismatch(f"{name} was not trained at {precision}. Choose from {trained}, or train again with those --bits.")
 
 
 def check_whole(scheme: Scheme, choices: Mapping[str, Sequence[Precision]]) -> None:

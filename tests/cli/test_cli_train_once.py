@@ -121,7 +121,7 @@ def test_bad_input_to_search_and_extract_exits_with_status_2_and_one_line(here):
         ("extract", ["--budget", "1bit"], "smallest subnet"),
         ("extract", [], "a budget or a scheme"),
         ("extract", ["--scheme", "scheme.json"], "not trained at W3A8"),
-        ("extract", ["--scheme", "list.json"], "no scheme"),
+        ("extract", ["--scheme", "list.json"], "not a scheme"),
         ("extract", ["--budget", "3bit", "--polish"], "--data"),
     ):
         done = anybit_cli(verb, "supernet", *arguments, "--output", "out")

@@ -197,7 +197,7 @@ def test_pruned_layer_loads_as_zeros(bert, tmp_path):
 @pytest.mark.parametrize("tensor_name", ["weight_packed", "weight_scale", "input_zero_point", "bias"])
 def test_verify_names_the_layer_of_one_changed_number(tensor_name, copied):
     run, model, data, out = copied
-    key = f"bert.encoder.layer.1.output.dense.{tensor_name}"
+    key = f"bert.encoder.layer.0.output.dense.{tensor_name}"
     tensors = load_file(out / "model.safetensors")
     tensors[key].view(-1)[0] += 1
     rewrite(out, tensors)

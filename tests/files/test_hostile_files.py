@@ -20,7 +20,7 @@ from anybit.errors import AnybitError, InvalidFile, InvalidInput, SchemeMismatch
 from anybit.runs.folder import is_run
 from anybit.runs.report import read_report
 from anybit.runs.scheme_file import read_scheme
-from anybit.sources.pictures import read_image
+from anybit.sources.images import read_image
 from anybit.sources.preprocessing import Preprocessing
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -154,7 +154,7 @@ def test_task_selects_the_loss():
         grown(task="poetry")
 
 
-@pytest.mark.parametrize("labels", [torch.full((32,), 9), torch.full((32,), -1), torch.zeros(32)])
+@pytest.mark.parametrize("labels", [torch.full((32,), 9), torch.full((32,), -1), torch.full((32,), 0.5)])
 def test_rejects_invalid_labels_by_name(labels):
     with pytest.raises(InvalidInput, match="abels"):
         anybit.grow(make(Residual), (pictures(32), labels), "4bit", epochs=1, batch_size=16)
@@ -322,7 +322,7 @@ class Poisoned(Short):
     def __getitem__(self, index):
         Poisoned.calls += 1
         picture = pictures(64)[index]
-        return (picture * torch.nan if Poisoned.calls > 234 else picture), 0
+        return (picture * torch.nan if Poisoned.calls > 250 else picture), 0
 
 
 def test_nan_loss_error_names_the_step_and_keeps_the_last_checkpoint(tmp_path):

@@ -63,6 +63,7 @@ METHODS = {
     "adaquant layer": partial(CALIBRATE, unit="layer", solver="none"),
     "adaquant block": partial(CALIBRATE, unit="block"),
     "adaround": partial(CALIBRATE, rounding="adaround"),
+    "flexround": partial(CALIBRATE, rounding="flexround"),
     "csq": grown,
     "msq": shrunk,
     "lsq": trained,

@@ -294,3 +294,35 @@ def test_lookups_agree_with_linear_search(name):
         assert wiring.readers(value) == [op for op in wiring.operations if value in op.inputs]
     for op in wiring.operations:
         assert wiring.operation(op.name) is next(other for other in wiring.operations if other.name == op.name)
+
+
+class Untracked(torch.autograd.Function):
+    """No function mode sees what it computes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+
+class Places(nn.Module):
+    """Layers on hashed words, on positions, and on what an unseen function computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places, self.of_words, self.of_places, self.of_unseen, self.of_both = (
+            nn.Embedding(7, 4), nn.Embedding(9, 4), *(nn.Linear(4, 4) for _ in range(4)),
+        )  # fmt: skip
+        self.table = torch.rand(5, 4)
+        self.register_buffer("factor", torch.tensor(2.0))
+
+    def forward(self, ids):
+        words = self.of_words(self.words((ids * 31 + 1) % 7))
+        places = torch.relu(self.of_places(self.places(torch.arange(ids.shape[1])) * self.factor + self.table))
+        written = torch.zeros(5, 4)
+        written[:] = words[0]
+        return words + places + self.of_unseen(Untracked.apply(words)) + self.of_both(written)
+
+
+def test_constant_layers_are_those_computed_from_parameters_and_sizes_alone():
+    wiring = observe(Places().eval(), Batch(torch.randint(90, (3, 5))))
+    assert wiring.constant_layers() == {"places", "of_places"}

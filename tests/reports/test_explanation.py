@@ -132,8 +132,8 @@ def test_explanation_of_a_hand_computed_case(tmp_path):
         ({"a": "W4A8", "b": "W4A8"}, None, "b", "No budget was given"),
         ({"a": "W2A8", "b": "W2A8"}, "loss=0.9", "a", "smallest scheme that keeps its limit"),
         ({"a": "W2A8", "b": "W2A8"}, "2bit", "a", "0 B of codes left, too little"),
-        ({"a": "W4A8", "b": "W2A8"}, "3bit", "a", "a kB of codes"),
-        ({"a": "W4A8", "b": "W2A8"}, "bops=3", "a", "a million BOPs"),
+        ({"a": "W4A8", "b": "W2A8"}, "3bit", "a", "per kB of codes"),
+        ({"a": "W4A8", "b": "W2A8"}, "bops=3", "a", "per million BOPs"),
     ],
 )
 def test_every_reason_has_its_words(tmp_path, scheme, budget, layer, words):

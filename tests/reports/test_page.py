@@ -20,7 +20,8 @@ from anybit.files.strict import write_json
 from anybit.networks.cost import HEADER_SLACK
 from anybit.reports import figures
 from anybit.reports import page as pages
-from anybit.reports.charts import DASHES, SHAPES, Chart
+from anybit.reports.charts import DASHES, SHAPES, Chart, percent_axis
+from anybit.reports.words import measurement
 from anybit.roads.result import save_all
 from anybit.runs.records import record_of
 from anybit.runs.report import write_report
@@ -294,7 +295,7 @@ def test_table_for_no_javascript_shows_the_smallest_and_largest_budget(plain):
     data = pages.frontier_data(record.table, record)
     page = pages.run_page(plain)
     assert '<div class="controls" hidden>' in page
-    losses = {f"{point['loss']:.4g}" for point in (data, data["steps"][-1])}
+    losses = {measurement(point["loss"]) for point in (data, data["steps"][-1])}
     assert losses <= set(Reader(page).cells)
 
 
@@ -317,7 +318,7 @@ def test_every_measured_scheme_is_in_the_chart_and_in_the_table(plain):
         assert (row["bytes"], row["measured"]) in drawn
         assert any(x == row["bytes"] and y == pytest.approx(row["predicted"], rel=1e-9) for x, y in drawn)  # the order of summation differs
         assert (chart.x.place(row["bytes"]), round(100 - chart.y.place(row["measured"]), 2)) in {mark[:2] for mark in marks}
-        assert f"{row['measured']:.4g}" in read.cells and any(f"{row['measured']:.4g}" in words for *_, words in marks)
+        assert measurement(row["measured"]) in read.cells and any(measurement(row["measured"]) in words for *_, words in marks)
     chosen = next(row for row in plain["schemes"] if row["chosen"])
     assert f"{chosen['name']} (chosen)" in read.cells
     assert {words for *_, words in marks} <= set(read.words) | {""}
@@ -348,19 +349,51 @@ def test_times_and_memory_are_not_on_the_page(plain):
 
 
 @pytest.mark.parametrize(
-    ("test", "before", "sentence"),
+    ("test", "before", "headline", "notes"),
     [
-        ({"top1": 90.0}, {"top1": 92.5}, "top-1 accuracy is 90.00 %, the float network 92.50 %: 2.50 points less"),
-        ({"top1": 92.5}, {"top1": 92.5}, "no difference"),
-        ({"top1": 90.0}, {}, "top-1 accuracy is 90.00 %."),
-        ({"spearman": 81.25}, {"spearman": 82.0}, "spearman is 81.25, the float network's 82"),
-        ({}, {}, "was not tested"),
+        ({"top1": 90.0}, {"top1": 92.5}, "Top-1 90.00 % in 1.0 kB", ["float 92.50 %; 2.50 points less"]),
+        ({"top1": 92.5}, {"top1": 92.5}, "Top-1 92.50 % in 1.0 kB", ["float 92.50 %; no difference"]),
+        ({"top1": 90.0}, {}, "Top-1 90.00 % in 1.0 kB", []),
+        ({"spearman": 81.25}, {"spearman": 82.0}, "Spearman 81.25 in 1.0 kB", ["float 82"]),
+        ({}, {}, "1.0 kB instead of 10.0 kB", ["Accuracy was not tested; give labelled data to --test."]),
     ],
 )
-def test_page_begins_with_size_and_accuracy(test, before, sentence):
+def test_page_begins_with_accuracy_and_size_beside_float(test, before, headline, notes):
     read = Reader(pages.run_page(GROWN | {"test": test, "float_test": before}))
-    assert read.headings[0][1] == "1.0 kB instead of 10.0 kB, 3.00 bits per weight"
-    assert any(sentence in words for words in read.words)
+    assert read.headings[0][1] == headline
+    answer = read.words[: read.words.index("Layers")]
+    assert {"3.00", "float 10.0 kB; 10.0 % of it", *notes} <= set(answer)
+    assert any("latency" in words for words in answer) is False
+
+
+def test_answer_has_the_interval_of_the_drop_and_the_measured_speed():
+    counts = {"top1": 90.0, "agreement": 95.0, "samples": 400.0}
+    latency = {"predicted": 0.001, "exported": 0.002, "float32": 0.005}
+    text = " ".join(Reader(pages.run_page(GROWN | {"test": counts, "latency": latency})).words)
+    assert "95 % interval of the loss of accuracy, on 400 test samples: " in text
+    assert "2 ms" in text and "float 5 ms; 2.5 times as fast" in text
+
+
+def test_scores_on_held_out_inputs_stand_beside_the_float_networks(plain):
+    scored = [row | {"top1": 90.0} for row in plain["schemes"]]
+    ladder = [row | {"top1": 91.0} for row in plain["ladder"]]
+    report = plain | {"schemes": scored, "ladder": ladder, "float_held_out": {"top1": 92.0}, "float_test": {"top1": 50.0}}
+    chart = figures.accuracy_over_size(record_of(report), "top1", "top-1")
+    drawn = {series.name: {point.y for point in series.points} for series in chart.series}
+    assert drawn["float network"] == {92.0} and drawn["this run"] == {91.0} and 50.0 not in set.union(*drawn.values())
+
+
+@pytest.mark.parametrize("values", [[99.6], [99.6, 99.6], [99.9, 100.0], [0.0, 100.0], [100.0], [55.0, 56.0]])
+def test_percentages_are_on_an_axis_that_ends_at_100(values):
+    axis = percent_axis("top-1", values)
+    assert axis.low < min(values) and max(values) < axis.high <= 104.1 and axis.high - axis.low >= 0.5
+    assert all(tick <= 100 for tick, _ in axis.ticks) and len(axis.ticks) >= 2
+
+
+def test_gap_of_float_rounding_is_no_gap(plain):
+    closed = plain | {"certificate": plain["certificate"] | {"value": 0.25, "bound": 0.25 - 1e-17, "gap": 4e-17}}
+    text = " ".join(Reader(pages.run_page(closed)).words)
+    assert "(gap 0 %), so there is none better" in text and "10⁻¹⁷" not in text
 
 
 def test_page_describes_the_certificate_in_words(plain):
@@ -469,7 +502,7 @@ def test_any_mutated_report_gives_a_page_or_one_error(data, plain):
         try:
             assert "<img" not in pages.runs_page({"changed": report, "other": plain}) + pages.run_page(report)
         except InvalidFile as error:
-            assert "Restore it" in str(error) or "Upgrade" in str(error)
+            assert "Restore" in str(error) or "Upgrade" in str(error)
 
 
 def test_every_data_file_is_packaged():

@@ -103,7 +103,7 @@ def test_allocate_rejects_weights_trained_since(folders):
     model = shifted()
     with torch.no_grad():
         model.block2.conv1.weight[0, 0, 0, 0] += 1e-4
-    with pytest.raises(SchemeMismatch, match=r"The weights are not those that .* was made from"):
+    with pytest.raises(SchemeMismatch, match=r"The weights are not those that .* was calibrated from"):
         anybit.allocate(folders["calibrate"], "5bit", labelled()[0], model=model)
     with pytest.raises(SchemeMismatch, match="is not the one"):
         anybit.allocate(folders["allocate"], "5bit", labelled()[0], model=shifted(power=1.1))

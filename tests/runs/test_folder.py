@@ -18,12 +18,14 @@ from torch import nn
 
 import anybit
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, SchemeMismatch
+from anybit.exports.compressed_tensors import export_folder
 from anybit.files.strict import read_tensors
 from anybit.networks.candidates import Candidates, apply_scheme
 from anybit.networks.canonical import Canonical
 from anybit.networks.cost import CostModel
 from anybit.networks.layers import coverage, prepare, quantized_layers
 from anybit.networks.wiring import observe
+from anybit.reports.page import Page
 from anybit.runs.candidates import read_candidates, write_candidates
 from anybit.runs.folder import check_free, free_checkpoint, new_folder
 from anybit.runs.report import read_report
@@ -617,7 +619,10 @@ def test_ranges_ignore_infinities_of_a_mask(tmp_path):
     assert ends and all(math.isfinite(end) for end in ends)
 
 
-@pytest.mark.parametrize("place", [".", "..", "file/run", "dangling", "bytes\0", "x" * 300, "\udc80"])
+UNWRITABLE = ["file/run", "bytes\0", "x" * 300, "new/" + "x" * 300 + "/run", "d/" * 1950 + "run", "\udc80", "/proc/run", "/proc/new/run"]
+
+
+@pytest.mark.parametrize("place", [".", "..", "dangling", *UNWRITABLE])
 def test_rejects_unwritable_output_before_the_work(place, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -629,3 +634,48 @@ def test_rejects_unwritable_output_before_the_work(place, tmp_path, monkeypatch)
     Path("new/run").mkdir(parents=True)
     check_free(Path("new/run"))
     check_free(Path("new/er/run"))
+
+
+@pytest.mark.parametrize("place", UNWRITABLE)
+def test_every_function_that_writes_rejects_unwritable_places_before_the_work(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    for name in ("roads.grow.training_inputs", "roads.train.training_inputs", "exports.verbs.opened", "reports.page.read_records"):
+        monkeypatch.setattr(f"anybit.{name}", refuse_to_measure)
+    monkeypatch.setattr("anybit.exports.compressed_tensors.opened", refuse_to_measure)
+    model, x = make(Late), pictures(4)
+    writers = {
+        "checkpoint": [
+            lambda: anybit.grow(model, x, "4bit", distill=1.0, checkpoint=place),
+            lambda: anybit.train(model, x, distill=1.0, checkpoint=place),
+        ],
+        "onnx": [lambda: anybit.export("run", place)],
+        "compressed_tensors": [lambda: export_folder("run", place)],
+        "output": [lambda: anybit.report("run", output=place)],
+        "path": [lambda: Page("").save(place)],
+    }
+    for option, calls in writers.items():
+        for call in calls:
+            with pytest.raises(InvalidSetting, match=rf"Choose another (--)?{option.replace('_', '[-_]')}"):
+                call()
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["file"]
+
+
+def test_read_only_folder_is_found_before_the_work(tmp_path, monkeypatch):
+    def mkdir(path, mode=0o777):  # permissions do not stop the superuser
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.mkdir", mkdir)
+    with pytest.raises(InvalidSetting, match=r"accepts no files \(Permission denied\)\. Choose another --output"):
+        check_free(tmp_path / "run")
+
+
+def test_checkpoint_of_other_data_names_the_argument(tmp_path, monkeypatch):
+    model, place = make(Late), tmp_path / "here" / "mine.ckpt"
+    options = {"epochs": 1, "batch_size": 8, "distill": 1.0}
+    anybit.grow(model, pictures(16), "4bit", checkpoint=place, **options)
+    with pytest.raises(InvalidSetting, match=r"mine\.ckpt holds an unfinished training .*data was .*another checkpoint=\.") as refused:
+        anybit.grow(model, pictures(17)[1:], "4bit", checkpoint=place, **options)
+    assert "folder" not in str(refused.value) and "output" not in str(refused.value)
+    with pytest.raises(InvalidSetting, match=r"here is a folder\. Name a file with checkpoint="):
+        anybit.grow(model, pictures(16), "4bit", checkpoint=tmp_path / "here", **options)

@@ -395,7 +395,7 @@ def refused(tmp_path, content, name="texts.tsv", kind="bert", **options):
 
 @pytest.mark.parametrize(("content", "options", "message"), [
     ("label\tsentence\n0\tword1\n1\t \n", {}, "line 3: the text is empty"),
-    ("label\tsentence\n0\tword1\n", {"columns": "text=words"}, "no column 'words' for the text; it has label, sentence"),
+    ("label\tsentence\n0\tword1\n", {"columns": "text=words"}, "no column 'words' for the text; its columns are label, sentence"),
     ("label\twords\n0\tword1\n", {}, "no column of texts"),
     ("label\tsentence\nmaybe\tword1\n", {}, "label 'maybe' is neither a class number"),
     ("", {}, "holds no rows"),

@@ -1,5 +1,7 @@
 """Verbs that create or read networks: calibrate, allocate, grow, train, search, extract, evaluate, inspect."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from anybit.budget import COUNTED, SIZE, budget_text, check_counts_weights, chec
 from anybit.calls import Amounts
 from anybit.cli.options import load_metric
 from anybit.cli.work import Outcome, is_first
-from anybit.errors import InvalidSetting
+from anybit.errors import AnybitError, InvalidSetting
 from anybit.methods.settings import SearchSettings
 from anybit.roads.settings import CalibrateSettings, GrowSettings, check_subnet
 from anybit.runs.folder import check_folder, check_free, check_run, check_supernet, free_checkpoint
@@ -38,7 +40,7 @@ def calibrate(
 def allocate(
     run: Path = argument("A run folder of calibrate.", ready=check_folder),
     *,
-    output, budget, data=None, model=None,
+    output, budget, data=None, test=None, model=None,
     batch_size: int | None = same_as(Amounts, "batch_size"),
     memory: int | None = same_as(Amounts, "memory", text=SIZE),
     cache=True, workers=0, metric=None, device="cpu", overwrite=False,
@@ -50,7 +52,7 @@ def allocate(
     """
     check_free(output, overwrite)
     options = {"metric": load_metric(metric), "device": device, "batch_size": batch_size, "memory": memory, "cache": cache}
-    return _saved([anybit.allocate(run, one, data, model, workers, **options) for one in budget], output, overwrite)
+    return _saved([anybit.allocate(run, one, data, model, workers, test=test, **options) for one in budget], output, overwrite)
 
 
 def grow(
@@ -68,7 +70,8 @@ def grow(
         raise InvalidSetting("Give either a budget, such as --budget 3bit, or the run whose scheme to train, --scheme RUN; not both.")
     checkpoint = free_checkpoint(output, overwrite, is_first())
     inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": load_metric(metric), "workers": workers}
-    result = anybit.grow(model, train, budget, scheme=scheme, checkpoint=checkpoint, device=device, **inputs, **settings.flat())
+    with _naming_output():
+        result = anybit.grow(model, train, budget, scheme=scheme, checkpoint=checkpoint, device=device, **inputs, **settings.flat())
     return _saved(result, output, overwrite=True) if is_first() else None
 
 
@@ -85,7 +88,8 @@ def train(
 
     checkpoint = free_checkpoint(output, overwrite, is_first())
     inputs = {"weights": weights, "preprocessing": preprocessing, "test": test, "metric": load_metric(metric), "workers": workers}
-    supernet = anybit.train(model, train, checkpoint=checkpoint, device=device, **inputs, **settings.flat())
+    with _naming_output():
+        supernet = anybit.train(model, train, checkpoint=checkpoint, device=device, **inputs, **settings.flat())
     if not is_first():
         return None
     folder, report = supernet.save(output, overwrite=True), supernet.report
@@ -183,6 +187,16 @@ def inspect(
     samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network), model=network)
     settings = {"weight_bits": weight_bits, "keep": keep or {}, "outputs": outputs or {}}
     return Outcome(anybit.inspect(network, samples, export=export, cache=cache, **settings), "print_inspection")
+
+
+@contextmanager
+def _naming_output() -> Iterator[None]:
+    """Name --output in errors about the checkpoint, which is inside it here."""
+    try:
+        yield
+    except AnybitError as error:
+        error.args = (str(error).replace("--checkpoint", "--output"),)
+        raise
 
 
 def _saved(results: Any, output: Path, overwrite: bool) -> Outcome:

@@ -1,7 +1,6 @@
 """Run a verb on the command line: print errors as one line, progress, log and result."""
 
 import inspect
-import json
 import os
 import shlex
 import sys
@@ -69,7 +68,10 @@ def as_command(function: Callable[..., Outcome | None], *more: str) -> Callable[
 
 def _print(outcome: Outcome, common: Mapping[str, Any]) -> None:
     if common.get("as_json"):
-        print(json.dumps(outcome.data))
+        from anybit.files.lines import plain
+        from anybit.files.strict import json_text
+
+        print(json_text(plain(outcome.data)))
     elif callable(outcome.show):
         outcome.show(not common.get("quiet"))
     else:
@@ -116,8 +118,8 @@ def _continuation(verb: str) -> str:
     """Return what remains of an interrupted verb, and the command that continues it."""
     if verb not in KEPT or "--no-cache" in sys.argv:
         return ""
-    anew = "--overwrite" if verb in ("grow", "train") else None  # it would start the training again
-    command = shlex.join(["anybit", *(printable(one) for one in sys.argv[1:] if one != anew)])
+    restart = "--overwrite" if verb in ("grow", "train") else None  # it would start the training again
+    command = shlex.join(["anybit", *(printable(one) for one in sys.argv[1:] if one != restart)])
     return f". {KEPT[verb]}. This continues:\n  {command}"
 
 

@@ -108,10 +108,10 @@ class SentenceEmbedding(FirstOutput):
         tokens = first_tensor(output)
         if tokens.dim() != 3:
             return tokens if tokens.dim() == 2 else tokens.flatten(2).mean(2)  # a map of features [N, channels, H, W]
-        given = token_mask(tokens, batch)
+        known = token_mask(tokens, batch)
         if self.pooling == "first":
-            return self.first(tokens, given)
-        mask = torch.ones(tokens.shape[:2], device=tokens.device) if given is None else given
+            return self.first(tokens, known)
+        mask = torch.ones(tokens.shape[:2], device=tokens.device) if known is None else known
         weights = mask.to(tokens.dtype)[:, :, None]
         return (tokens * weights).sum(1) / weights.sum(1)
 

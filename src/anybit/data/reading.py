@@ -21,8 +21,8 @@ def reading(what: str, remedy: str = REPAIR) -> Iterator[None]:
     except AnybitError:
         raise
     except (Exception, SystemExit) as error:
-        said = f": {in_words(error)}" if str(error).split() else ""
-        raise InvalidInput(f"{what} raises {type(error).__name__}{said.rstrip('.')}. {remedy}") from error
+        message = f": {in_words(error)}" if str(error).split() else ""
+        raise InvalidInput(f"{what} raises {type(error).__name__}{message.rstrip('.')}. {remedy}") from error
 
 
 def name_of(dataset: Any) -> str:

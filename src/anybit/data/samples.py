@@ -110,28 +110,25 @@ def _as_inputs(inputs: Any) -> Any:
     return inputs
 
 
-def are_class_numbers(labels: Tensor, outputs: Tensor, named: bool) -> bool:
-    """Return whether labels, one for each row of class scores, are class numbers stored as floats or in a column: because their task is
-    `named`, or because they are whole."""
+def have_form_of_classes(labels: Tensor, outputs: Tensor) -> bool:
+    """Return whether labels are floats, or in a column, one for each row of class scores."""
     if labels.is_complex() or labels.numel() == outputs.numel() or outputs.dim() < 2:
         return False
     in_column = labels.dim() == outputs.dim() and labels.shape[1] == 1
-    if not in_column and (labels.dim() != outputs.dim() - 1 or not labels.is_floating_point()):
-        return False
-    return named or not _fractions(labels).any()
+    return in_column or (labels.dim() == outputs.dim() - 1 and labels.is_floating_point())
 
 
 def class_numbers(labels: Tensor) -> Tensor:
-    """Return class numbers as int64, without the dimension of a column. Raise InvalidInput for fractions, NaN and numbers beyond 2^53."""
-    if (fractions := _fractions(labels)).any():
+    """Return class numbers as int64, without the dimension of a column. Raises InvalidInput for fractions, NaN and numbers beyond 2^53."""
+    if (wrong := fractions(labels)).any():
         raise InvalidInput(
-            f"A label is {float(labels[fractions][0]):g}, and labels are read as class numbers, by the task or because the first ones "
+            f"A label is {float(labels[wrong][0]):g}, and labels are read as class numbers, by the task or because the first ones "
             "are whole. Give whole numbers, or name the task of such labels (--task regression)."
         )
     return (labels[:, 0] if labels.dim() > 1 and labels.shape[1] == 1 else labels).long()
 
 
-def _fractions(labels: Tensor) -> Tensor:
+def fractions(labels: Tensor) -> Tensor:
     """Return which labels are no whole numbers that a float holds exactly."""
     if not labels.is_floating_point():
         return torch.zeros_like(labels, dtype=torch.bool)

@@ -223,9 +223,9 @@ class MultiLabel(Task):
             )
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        here, there = outputs > (0.5 if lie_in_unit_interval(outputs) else 0), labels.reshape(outputs.shape).bool()
-        both, either = int((here & there).sum()), int(here.sum() + there.sum())
-        exact = 100 * float((here == there).reshape(len(outputs), -1).all(1).double().mean())
+        predicted, exported = outputs > (0.5 if lie_in_unit_interval(outputs) else 0), labels.reshape(outputs.shape).bool()
+        both, either = int((predicted & exported).sum()), int(predicted.sum() + exported.sum())
+        exact = 100 * float((predicted == exported).reshape(len(outputs), -1).all(1).double().mean())
         return {"f1": 200 * both / either if either else 100.0, "exact": exact, "loss": float(self.loss(outputs.double(), labels))}
 
     def check_trains_on_labels(self) -> None:
@@ -497,29 +497,31 @@ def sample_distances(outputs: Tensor, reference: Tensor, task: str | Task) -> Te
     return named_task(task).distance.of_samples(outputs, reference)
 
 
-def beside(simulated: Tensor, there: Tensor, batches: Sequence[Batch], name: str, metric: Metric | None = None) -> dict[str, Any]:
-    """Compare an exported network's outputs `there` with the simulation's: their difference, and the scores of both on labels, for the task
-    of this name.
+def compare_exported(
+    simulated: Tensor, exported: Tensor, batches: Sequence[Batch], name: str, metric: Metric | None = None
+) -> dict[str, Any]:
+    """Compare the outputs of an exported network with the simulation's: their difference, and the scores of both on labels, for the task of
+    this name.
 
     simulation  the largest difference, the largest output, and for classes the top-1 agreement in percent, of the (first) output; with
                 several outputs, `outputs` has the first two for each by name
     """
     task = task_of(simulated, batches[0].reader, name)
-    report: dict[str, Any] = {"simulation": _apart(task.judged(simulated), task.judged(there))}
+    report: dict[str, Any] = {"simulation": _apart(task.judged(simulated), task.judged(exported))}
     if isinstance(task, SeveralOutputs):
-        pairs = zip(task.reader.outputs, task.tensors(simulated), task.tensors(there), strict=True)
+        pairs = zip(task.reader.outputs, task.tensors(simulated), task.tensors(exported), strict=True)
         report["simulation"]["outputs"] = {output.name: _apart(one, other) for output, one, other in pairs}
     labels = labels_in(batches)
     if labels is not None and (metric is not None or fits(simulated, labels, task)):
-        both = {"simulated": simulated, "exported": there}
+        both = {"simulated": simulated, "exported": exported}
         report["accuracy"] = {kind: score(outputs, labels, task, metric, batches[0].reader) for kind, outputs in both.items()}
     return report
 
 
-def _apart(simulated: Tensor, there: Tensor) -> dict[str, float]:
-    apart = {"largest_difference": float((simulated - there).abs().max()), "largest_output": float(simulated.abs().max())}
+def _apart(simulated: Tensor, exported: Tensor) -> dict[str, float]:
+    apart = {"largest_difference": float((simulated - exported).abs().max()), "largest_output": float(simulated.abs().max())}
     if simulated.dim() == 2 and simulated.shape[1] > 1:
-        apart["agreement"] = agreement(there, simulated)
+        apart["agreement"] = agreement(exported, simulated)
     return apart
 
 
@@ -642,6 +644,11 @@ class LabelledOutputs:
         if reference is not None:
             measured = task.distance
             result |= {measured.key: distance(self.outputs, reference, task)} | measured.further(self.outputs, reference)
+        for name, value in result.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                wrong = (~torch.isfinite(self.outputs.reshape(len(self.outputs), -1)).all(1)).nonzero().flatten().tolist()
+                which = f": the outputs are NaN or infinite on {len(wrong)} {unit}, the first is {wrong[0]}" if wrong else ""
+                raise InvalidInput(f"The score {name} is {value}{which}. Check the network and the data.")
         return result
 
 

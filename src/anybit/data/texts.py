@@ -88,20 +88,20 @@ def _separated(path: Path, content: str, bare: bool) -> list[tuple[int, Row]]:
 def with_roles(table: Sequence[tuple[int, Mapping]], columns: Mapping[str, str | int], where: str) -> list[Row]:
     """Turn numbered rows of column -> value into rows of role -> value. Raises InvalidInput naming the line if a column or text is
     missing."""
-    there = list(table[0][1])
+    present = list(table[0][1])
     for role, column in columns.items():
-        if column not in there:
-            names = ", ".join(map(str, there))
+        if column not in present:
+            names = ", ".join(map(str, present))
             raise InvalidInput(
                 f"{where} has no column {column!r} for the {role}; its columns are {names}. Name one with --columns {role}=NAME."
             )
     candidates = {
-        role: columns.get(role, next((name for name in names if name in there), None))
+        role: columns.get(role, next((name for name in names if name in present), None))
         for role, names in ROLES.items()
     }  # fmt: skip
     chosen = {role: column for role, column in candidates.items() if column is not None}
     if not {"text", "context"} & set(chosen):
-        names = ", ".join(map(str, there))
+        names = ", ".join(map(str, present))
         raise InvalidInput(f"{where} has no column of texts ({names}). Name it: --columns text=NAME (and label=NAME, pair=NAME).")
     rows: list[Row] = []
     for number, row in table:

@@ -29,10 +29,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anybit.data.tasks import Metric, beside, check_metric_on, outputs_of
+from anybit.data.tasks import Metric, check_metric_on, compare_exported, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
-from anybit.files.strict import load_tensors, read_header, read_json
+from anybit.files.strict import json_text, load_tensors, read_header, read_json
+from anybit.files.whole import check_place
 from anybit.networks.canonical import Canonical
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.layers import Pruned, codes_of, emptied, float_weight, quantized_layers
@@ -187,6 +188,7 @@ def export_folder(
     network is not one of transformers, or has nothing that the format packs; no folder is left then.
     """
     path = Path(folder)
+    _check_free(path, overwrite)
     canonical, file = opened(run, model)
     exported, files = _exported(canonical, file, embeddings)
     with new_folder(path, overwrite, _check_free, REMEDY) as draft:
@@ -229,11 +231,12 @@ def _exported(canonical: Canonical, file: SchemeFile, embeddings: bool) -> tuple
     own = own_network(network)
     tensors = packed(canonical, own, transposed_layers(own), embeddings)
     config = own_config(network) | {"quantization_config": tensors.quantization, RUN: file.sha256}
-    return tensors, {CONFIG: (json.dumps(config, indent=1) + "\n").encode(), **files_beside(network)}
+    return tensors, {CONFIG: (json_text(config, indent=1) + "\n").encode(), **files_beside(network)}
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
     """Raise InvalidSetting if `path` is taken: by an exported folder that may not be overwritten, or by anything else."""
+    check_place(path, "--compressed-tensors")
     if is_run(path.resolve().parent):
         raise InvalidSetting(f"{path} is inside a run folder, which only holds its run. Choose another --compressed-tensors.")
     if not path.exists() and not path.is_symlink():
@@ -308,7 +311,7 @@ def verify_folder(
     with redirect_stderr(io.StringIO()):  # unpacking, at the first inputs, prints a progress bar
         there = outputs_of(loaded, batches)
     simulated = outputs_of(canonical.model, batches)
-    report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
+    report |= {"inputs": len(inputs)} | compare_exported(simulated, there, batches, file.task, metric)
     floats = all(precision.activation_bits is None for precision in canonical.scheme.values())
     apart, largest = report["simulation"]["largest_difference"], report["simulation"]["largest_output"]
     if floats and not apart <= FLOAT_TOLERANCE * largest:  # also fails for NaN

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anybit.errors import InvalidSetting
+from anybit.files.whole import check_place
 from anybit.sources.references import check_packages
 
 
@@ -66,6 +67,9 @@ def _function(place: str) -> Callable[..., dict[str, Any]]:
 
 def check_new_file(path: Path, overwrite: bool) -> None:
     """Raise InvalidSetting if the file exists and may not be overwritten."""
+    check_place(path, "--onnx")
+    if path.is_dir():
+        raise InvalidSetting(f"{path} is a folder. Name a file with --onnx.")
     if path.exists() and not overwrite:
         raise InvalidSetting(f"{path} exists. Choose another --onnx, or give --overwrite.")
 

@@ -16,7 +16,7 @@ from torch import nn
 from anybit.calls import public
 from anybit.data.batches import Batch, call, read_output
 from anybit.data.samples import Samples
-from anybit.data.tasks import Metric, beside, check_metric_on, outputs_of
+from anybit.data.tasks import Metric, check_metric_on, compare_exported, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidInput
 from anybit.exports.formats import check_new_file
@@ -70,8 +70,8 @@ def export(
     check_new_file(path, overwrite)
     canonical, file = opened(run, model)
     example = _first(inputs_for(run, file, canonical.model, data), EXAMPLES)
-    with _graphs(cache) as kept:
-        graphs = exported(canonical, example, {RUN: file.sha256}, tables, weight_only, cache=kept)
+    with _graphs(cache) as graph_cache:
+        graphs = exported(canonical, example, {RUN: file.sha256}, tables, weight_only, cache=graph_cache)
     save(graphs.integer, path)
     layers = len(canonical.scheme)
     report = {
@@ -118,9 +118,12 @@ def verify(
     """Check an exported file against its run on real inputs. In the report, `ok` says whether all promises hold, `failures` lists those
     that do not.
 
+    run, model, cache   as for `export`, whose graph is reused
     data      inputs, labelled if accuracy is wanted; by default those of the run
+    metric    a function of (outputs, labels), higher is better: compared as well
     samples   number of inputs to run, from the first (None: all); codes are compared one by one on at most 64
-    cache     as for `export`, whose graph is reused
+
+    Raises InvalidFile if the file is not one of anybit's, InvalidInput if the data do not fit the network.
     """
     path = Path(onnx)
     canonical, file = opened(run, model)
@@ -132,9 +135,9 @@ def verify(
     enter("graph")
     properties = integer.metadata_props
     tables, weight_only = properties.get(FUNCTIONS) == "tables", properties.get(LINEARS) == "packed"
-    with _graphs(cache) as kept:  # on the inputs of the export, whose graph is then reused
+    with _graphs(cache) as graph_cache:  # on the inputs of the export, whose graph is then reused
         example = _first(inputs, EXAMPLES)
-        graphs = exported(canonical, example, {RUN: file.sha256}, tables, weight_only, measured_in(integer), kept)
+        graphs = exported(canonical, example, {RUN: file.sha256}, tables, weight_only, measured_in(integer), graph_cache)
     enter("kernels and codes")
     verdict = verify_file(path, integer, graphs, canonical.model, first)
     report = verdict.to_json() | {"quantized_layers": len(canonical.scheme), "environment": _environment()}
@@ -144,10 +147,10 @@ def verify(
     inputs = first_of(inputs, samples)
     batches = list(inputs.batches(CHECKED))
     running = session(path, torch.get_num_threads())
-    there = _predicted(running, canonical.model, batches)
+    predicted = _predicted(running, canonical.model, batches)
     simulated = outputs_of(graphs.model, track(batches, "simulation"))
     flips = flipped_codes(graphs, probe_of(first, 8))
-    report |= {"inputs": len(inputs)} | beside(simulated, there, batches, file.task, metric)
+    report |= {"inputs": len(inputs)} | compare_exported(simulated, predicted, batches, file.task, metric)
     report["simulation"]["flipped_codes"] = flips
     tell("result", ok=report["ok"], failures=report["failures"], accuracy=report.get("accuracy"))
     return report
@@ -180,12 +183,17 @@ def bench(
 ) -> dict[str, Any]:
     """Measure the exported file's size against its bits, and its latency against the float network's in the same runtime, alternating.
 
-    cache   as for `export`, whose graph is reused
+    run, model, data, cache   as for `export`, whose graph is reused
+    onnx         the exported file; None exports in memory
+    rounds       rounds of both files, about 0.05 s each
+    batch_size, threads   inputs per call, and threads of the runtime
+
+    Returns a report: bytes, and for each runtime the median ratio of latencies with its quartiles.
     """
     canonical, file = opened(run, model)
     inputs = inputs_for(run, file, canonical.model, data)
-    with _graphs(cache) as kept:
-        graphs = exported(canonical, _first(inputs, EXAMPLES), cache=kept)
+    with _graphs(cache) as graph_cache:
+        graphs = exported(canonical, _first(inputs, EXAMPLES), cache=graph_cache)
     integer = graphs.integer if onnx is None else load(Path(onnx))
     first = _first(inputs, max(batch_size, PROBE))
     report = measured(graphs.floating, integer, probe_of(first, batch_size), rounds, threads) | {"ideal_bytes": ideal_bytes(canonical)}
@@ -209,8 +217,11 @@ def profile(
     """Measure each layer's time in float and on integers on this machine, and store it for latency budgets.
 
     model, data, weights, preprocessing, keep  as for `calibrate`
+    rounds      rounds of the exported networks, about 0.05 s each
     overwrite   measure again even if the network was measured on this machine and runtime before
     cache       folder of the network's graph, as for `export`
+
+    Returns seconds per sample: of each layer, of its boundaries, and of whole networks.
     """
     network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else adapted_network(model)
     adjusted = with_model_defaults(preprocessing, network)
@@ -219,8 +230,8 @@ def profile(
     ready = observe_network(network.eval(), batch, LayerOptions((8,), (8, None), parsed_keep(keep or {})))
     recorded = None if overwrite else load_table(ready)
     if recorded is None:
-        with _graphs(cache) as kept:
-            table, provenance = measure_latency(ready, batch, rounds, cache=kept)
+        with _graphs(cache) as graph_cache:
+            table, provenance = measure_latency(ready, batch, rounds, cache=graph_cache)
         keep_table(ready, table, provenance)
     else:
         table, provenance = recorded

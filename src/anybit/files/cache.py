@@ -18,6 +18,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,8 +30,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from anybit.environment import own_folder
-from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files.strict import parse_json, sha256_of
+from anybit.errors import AnybitError, InvalidFile, InvalidSetting
+from anybit.files.strict import json_text, parse_json, sha256_of
 from anybit.files.whole import write_whole
 from anybit.progress import tell
 
@@ -104,9 +105,10 @@ class Cache:
         return self.folder / key[:2] / key
 
     def _keep(self, path: Path, name: str, entry: Entry) -> None:
-        """Store a result; a full disk costs a warning, not the run."""
+        """Store a result; a full disk costs a warning, not the run. Numbers that JSON cannot represent are computed again."""
         try:
-            write_whole(path, _serialized(name, entry))
+            with suppress(AnybitError):
+                write_whole(path, _serialized(name, entry))
         except OSError as error:
             if not self.counts["unwritable"]:
                 reason = f"{path.parent} cannot be written to ({error.strerror})"
@@ -115,7 +117,7 @@ class Cache:
 
 
 def _serialized(name: str, entry: Entry) -> bytes:
-    record = np.frombuffer(json.dumps({"name": name, "value": entry.record}).encode(), np.uint8)
+    record = np.frombuffer(json_text({"name": name, "value": entry.record}).encode(), np.uint8)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in entry.tensors.items()}
     data = safetensors.torch.save({RECORD: torch.from_numpy(record.copy()), **{f"={key}": tensor for key, tensor in tensors.items()}})
     return hashlib.sha256(data).digest() + data
@@ -151,11 +153,11 @@ def open_cache(cache: str | Path | bool) -> Cache:
     return Cache(Path(cache))
 
 
-def settle(recall: Cache) -> None:
+def report_and_trim(recall: Cache) -> None:
     """Report the reused results, and trim the cache to its limit."""
     if recall.counts["recalled"]:
-        made = recall.counts["made"]
-        tell("note", note=f"{recall.counts['recalled']} results reused from the cache, {made} computed")
+        computed = recall.counts["made"]
+        tell("note", note=f"{recall.counts['recalled']} results reused from the cache, {computed} computed")
     if recall.folder is not None:
         trim_cache(recall.folder, LIMIT)
 
@@ -242,7 +244,7 @@ def _files(folder: Path, name: re.Pattern) -> Iterator[tuple[Path, os.stat_resul
             yield path, status
 
 
-def tidied(trim: int | None = None, check: bool = False) -> dict[str, Any]:
+def cache_summary(trim: int | None = None, check: bool = False) -> dict[str, Any]:
     """Describe the user's cache directory, after trimming it to `trim` bytes and removing damaged results on request."""
     folder = results_folder()
     if folder is None:
@@ -250,5 +252,5 @@ def tidied(trim: int | None = None, check: bool = False) -> dict[str, Any]:
     removed = 0 if trim is None else trim_cache(folder, trim)
     damaged = {str(path): reason for path, reason in remove_damaged(folder).items()} if check else {}
     sizes = [entry.bytes for entry in entries(folder)]
-    found = {"folder": str(folder), "results": len(sizes), "bytes": sum(sizes), "limit": LIMIT}
-    return {**found, "removed_bytes": removed, "damaged": damaged}
+    summary = {"folder": str(folder), "results": len(sizes), "bytes": sum(sizes), "limit": LIMIT}
+    return {**summary, "removed_bytes": removed, "damaged": damaged}

@@ -57,8 +57,7 @@ class _Walk:
     opaque  returns the substitute for an opaque value
     names   id of a module -> its name
     root    a module of a network: its state dict is left out, and so are objects of installed packages, such as a configuration, whose
-            effect
-            shows elsewhere
+            effect shows elsewhere
     """
 
     opaque: Callable[[Any], str]

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from anybit.errors import InvalidFile
+from anybit.errors import AnybitError, InvalidFile
 from anybit.numerics.packing import TensorSpec
 
 LEVELS = 64
@@ -38,9 +38,9 @@ def parse_json(content: bytes | str, where: str) -> Any:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
         _check_value(value)
     except RecursionError as error:
-        raise InvalidFile(f"{where} is not valid JSON: it is nested deeper than {LEVELS} levels. Restore or recreate it.") from error
+        raise InvalidFile(f"{where} is not valid JSON: it is nested deeper than {LEVELS} levels. Restore it or recreate it.") from error
     except ValueError as error:
-        raise InvalidFile(f"{where} is not valid JSON: {in_words(error)}. Restore or recreate it.") from error
+        raise InvalidFile(f"{where} is not valid JSON: {in_words(error)}. Restore it or recreate it.") from error
     return value
 
 
@@ -56,12 +56,32 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InvalidFile(f"{path} cannot be read: {error.strerror}. Restore or recreate it.") from error
+        raise InvalidFile(f"{path} cannot be read: {error.strerror}. Restore it or recreate it.") from error
+
+
+def json_text(data: Any, indent: int | None = None) -> str:
+    """Return JSON, which every writer uses. Raises AnybitError naming a number that JSON cannot represent: NaN or infinity."""
+    try:
+        return json.dumps(data, indent=indent, allow_nan=False)
+    except ValueError as error:
+        place = _not_finite(data)
+        if place is None:
+            raise
+        raise AnybitError(f"{place} is NaN or infinite, which JSON cannot represent. Check the network and the data.") from error
+
+
+def _not_finite(data: Any, place: str = "The value") -> str | None:
+    """Return where a number is not finite; None if all are."""
+    if isinstance(data, float) and not math.isfinite(data):
+        return place
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, (list, tuple)) else ()
+    inner = (_not_finite(value, str(key) if place == "The value" else f"{place}.{key}") for key, value in items)
+    return next(filter(None, inner), None)
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write indented JSON with a final newline. Raises ValueError for numbers that JSON cannot represent."""
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf8")
+    """Write indented JSON with a final newline. Raises AnybitError for numbers that JSON cannot represent."""
+    path.write_text(json_text(data, indent=1) + "\n", encoding="utf8")
 
 
 def _refuse_constant(text: str):
@@ -100,12 +120,12 @@ def _check_value(value: Any) -> None:
 def check_version(data: Any, path: Path | str, newest: int) -> None:
     """Raise InvalidFile unless `data`, read from `path`, is an object with a supported format version."""
     if not isinstance(data, dict):
-        raise InvalidFile(f"{path} holds a {type(data).__name__}, not a JSON object. Restore or recreate it.")
+        raise InvalidFile(f"{path} holds a {type(data).__name__}, not a JSON object. Restore it or recreate it.")
     version = data.get("version")
     if type(version) is int and version > newest:
         raise InvalidFile(f"{path} has format version {version}; this anybit reads up to {newest}. Upgrade anybit.")
     if type(version) is not int or version < 1:
-        raise InvalidFile(f"{path}: version is {reprlib.repr(version)}, not a number from 1 to {newest}. Restore or recreate it.")
+        raise InvalidFile(f"{path}: version is {reprlib.repr(version)}, not a number from 1 to {newest}. Restore it or recreate it.")
 
 
 def validated(kind: type[Value], data: Any, where: str) -> Value:
@@ -113,9 +133,9 @@ def validated(kind: type[Value], data: Any, where: str) -> Value:
     try:
         return TypeAdapter(kind).validate_python(data, strict=True)
     except ValidationError as error:
-        raise InvalidFile(f"{where}: {_first_difference(error)}. Restore or recreate it.") from error
+        raise InvalidFile(f"{where}: {_first_difference(error)}. Restore it or recreate it.") from error
     except RecursionError as error:
-        raise InvalidFile(f"{where} is nested too deeply. Restore or recreate it.") from error
+        raise InvalidFile(f"{where} is nested too deeply. Restore it or recreate it.") from error
 
 
 def _first_difference(error: ValidationError) -> str:
@@ -136,7 +156,7 @@ def sha256_of(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InvalidFile(f"{path} cannot be read: {error.strerror}. Restore or recreate it.") from error
+        raise InvalidFile(f"{path} cannot be read: {error.strerror}. Restore it or recreate it.") from error
 
 
 def digest_of(data: Any) -> str:
@@ -184,7 +204,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
             specs = {name: TensorSpec(view.get_dtype(), tuple(view.get_shape())) for name, view in slices.items()}
             return specs, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore or recreate it.") from error
+        raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore it or recreate it.") from error
 
 
 def read_tensors(path: Path, expected: Mapping[str, TensorSpec], framework: Literal["pt", "np"] = "pt") -> dict[str, Any]:
@@ -199,12 +219,12 @@ def load_tensors(path: Path, names: Iterable[str], framework: Literal["pt", "np"
         with safe_open(path, framework=framework) as file:
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
-        raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore or recreate it.") from error
+        raise InvalidFile(f"{path} cannot be read: {in_words(error)}. Restore it or recreate it.") from error
     for name, tensor in tensors.items():
         if framework == "pt" and tensor.is_floating_point() and str(tensor.dtype) not in FLOATS:
-            raise InvalidFile(f"{path}: tensor {name} holds {tensor.dtype}, which no run has. Restore or recreate it.")
+            raise InvalidFile(f"{path}: tensor {name} holds {tensor.dtype}, which no run has. Restore it or recreate it.")
         if not _finite(tensor):
-            raise InvalidFile(f"{path}: tensor {name} holds NaN or infinity. Restore or recreate it.")
+            raise InvalidFile(f"{path}: tensor {name} holds NaN or infinity. Restore it or recreate it.")
     return tensors
 
 
@@ -212,14 +232,14 @@ def check_tensors(path: Path, specs: Mapping[str, TensorSpec], expected: Mapping
     """Raise InvalidFile unless the names, types and shapes of a file's tensors are as expected."""
     if set(specs) != set(expected):
         lacking, surplus = sorted(set(expected) - set(specs)), sorted(set(specs) - set(expected))
-        said = (
+        difference = (
             f"tensors lacking: {reprlib.repr(lacking) if lacking else 'none'}; unexpected: {reprlib.repr(surplus) if surplus else 'none'}"
         )
-        raise InvalidFile(f"{path}: {said}. Restore or recreate it.")
+        raise InvalidFile(f"{path}: {difference}. Restore it or recreate it.")
     for name, spec in expected.items():
         if specs[name] != TensorSpec(spec.dtype, tuple(spec.shape)):
-            there = f"{specs[name].dtype} {reprlib.repr(list(specs[name].shape))}"
-            raise InvalidFile(f"{path}: tensor {name} is {there}; {spec.dtype} {list(spec.shape)} is needed. Restore or recreate it.")
+            actual = f"{specs[name].dtype} {reprlib.repr(list(specs[name].shape))}"
+            raise InvalidFile(f"{path}: tensor {name} is {actual}; {spec.dtype} {list(spec.shape)} is needed. Restore it or recreate it.")
 
 
 def _finite(tensor: Any) -> bool:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from anybit.errors import AnybitError, InvalidSetting
 
+NAME_BYTES, PATH_BYTES = 255, 3800
+"""The longest name of a file, and the longest path of an output: systems allow 4,096, of which its drafts and files need some."""
 OLD = "old"
 """Name of the replaced file or folder while it is in the draft's folder."""
 
@@ -111,6 +113,7 @@ def check_place(path: Path, option: str) -> None:
         if path.is_symlink() and not path.exists():
             raise InvalidSetting(f"{path} is a broken link. Choose another {option}.")
         whole = path.resolve()
+        _check_length(whole, path, option)
         if Path.cwd().is_relative_to(whole):
             raise InvalidSetting(f"{path} is the current folder, or contains it. Name a new one inside: {option} {path / 'run'}.")
         above = next(folder for folder in (whole, *whole.parents) if folder.exists())
@@ -121,8 +124,26 @@ def check_place(path: Path, option: str) -> None:
         raise InvalidSetting(f"{str(path)!r} cannot be written: {reason}. Choose another {option}.") from error
     if above != whole and not above.is_dir():
         raise InvalidSetting(f"{path} cannot be written: {above} is not a folder. Choose another {option}.")
-    if not os.access(above if above != whole else whole.parent, os.W_OK | os.X_OK):
-        raise InvalidSetting(f"{path} cannot be written: {above} is not writable. Choose another {option}.")
+    folder = above if above != whole else whole.parent
+    trial = folder / f".{secrets.token_hex(8)}.anybit"
+    try:
+        os.mkdir(trial)  # permissions alone do not tell, as on /proc
+    except OSError as error:
+        raise InvalidSetting(f"{path} cannot be written: {folder} accepts no files ({error.strerror}). Choose another {option}.") from error
+    finally:
+        with suppress(OSError):
+            os.rmdir(trial)
+
+
+def _check_length(whole: Path, path: Path, option: str) -> None:
+    """Raise InvalidSetting if the path, or a name in it, is longer than systems allow, with the files that will be inside."""
+    longest, length = max((len(os.fsencode(part)) for part in whole.parts), default=0), len(os.fsencode(whole))
+    if longest > NAME_BYTES:
+        raise InvalidSetting(
+            f"{str(path)[:60]!r}... has a name of {longest} bytes; at most {NAME_BYTES} are possible. Choose another {option}."
+        )
+    if length > PATH_BYTES:
+        raise InvalidSetting(f"{str(path)[:60]!r}... is {length} bytes long; at most {PATH_BYTES} are possible. Choose another {option}.")
 
 
 def _words(error: Exception) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anybit.errors import InvalidFile, InvalidSetting
-from anybit.files.strict import DIGEST, check_version, parse_json, read_header, read_tensors, validated
+from anybit.files.strict import DIGEST, check_version, json_text, parse_json, read_header, read_tensors, validated
 from anybit.files.whole import whole_file
 from anybit.loops.trainee import Trainee
 from anybit.networks.states import check_state, spec_of
@@ -53,16 +53,16 @@ def save_checkpoint(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).contiguous().clone() for key, value in state.items()}
     tensors |= {f"method.{key}": tensor.contiguous().clone() for key, tensor in trainee.state().items()}
-    about = json.dumps({"version": 1, "records": records, "identity": dict(identity), "decisions": trainee.decisions()})
-    anew = "Make room, or choose another --output."
+    stored = json_text({"version": 1, "records": records, "identity": dict(identity), "decisions": trainee.decisions()})
+    restart = "Make room, or choose another --checkpoint."
     on = f"Make room: the same command continues from the checkpoint of epoch {len(records) - 1}."
-    with whole_file(path, on if path.is_file() else anew) as draft:
-        save_file(tensors, draft, metadata={"anybit": about, DIGEST: _digest(about, tensors)})
+    with whole_file(path, on if path.is_file() else restart) as draft:
+        save_file(tensors, draft, metadata={"anybit": stored, DIGEST: _digest(stored, tensors)})
 
 
-def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
+def _digest(stored: str, tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of the checkpoint's contents."""
-    whole = hashlib.sha256(about.encode())
+    whole = hashlib.sha256(stored.encode())
     for name, tensor in sorted(tensors.items()):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -72,24 +72,24 @@ def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
 def resume_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Load a checkpoint into the trainee and its optimizer; returns its records. Raises InvalidSetting if a setting differs."""
     specs, metadata = read_header(path)
-    told = parse_json(metadata.get("anybit", ""), f"{path}: its record")
-    check_version(told, path, 1)
-    about = validated(CheckpointRecord, told, f"{path}: its record")
-    if CONTENTS not in about.identity:
+    content = parse_json(metadata.get("anybit", ""), f"{path}: its record")
+    check_version(content, path, 1)
+    stored = validated(CheckpointRecord, content, f"{path}: its record")
+    if CONTENTS not in stored.identity:
         identity = {key: value for key, value in identity.items() if key != CONTENTS and not key.startswith("module ")}
-    different = [key for key in {**about.identity, **identity} if about.identity.get(key) != json.loads(json.dumps(identity.get(key)))]
+    different = [key for key in {**stored.identity, **identity} if stored.identity.get(key) != json.loads(json.dumps(identity.get(key)))]
     if different:
-        said = "; ".join(
-            f"{key} was {reprlib.repr(about.identity.get(key))} and is now {reprlib.repr(identity.get(key))}" for key in sorted(different)
+        changes = "; ".join(
+            f"{key} was {reprlib.repr(stored.identity.get(key))} and is now {reprlib.repr(identity.get(key))}" for key in sorted(different)
         )
-        raise InvalidSetting(f"{path.parent} holds an unfinished run with other settings: {said}. Use the same, or another --output.")
-    records = told["records"]
+        raise InvalidSetting(f"{path} holds an unfinished training with other settings: {changes}. Use the same, or another --checkpoint.")
+    records = content["records"]
     _check_records(records, trainee, path)
     tensors = read_tensors(path, _expected(specs, trainee, optimizer))
     if metadata.get(DIGEST) != _digest(metadata["anybit"], tensors):
         raise InvalidFile(f"{path} is not as it was written: its {DIGEST} differs from its content's. {AGAIN}")
     try:
-        trainee.restore(about.decisions)
+        trainee.restore(stored.decisions)
     except InvalidFile as error:
         raise InvalidFile(f"{path}: {error}") from error
     trainee.model.load_state_dict({key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")})

@@ -60,8 +60,8 @@ class Sums:
         for total, one in zip(self.sums, rows, strict=True):
             total += one.sum(1)
         if not self.products and self.count <= THIN * x.shape[2]:
-            for kept, one in zip(self.rows, rows, strict=True):
-                kept.append(self.budget.allocate(tuple(one.shape), one.dtype).copy_(one))
+            for stored, one in zip(self.rows, rows, strict=True):
+                stored.append(self.budget.allocate(tuple(one.shape), one.dtype).copy_(one))
             return
         if not self.products:
             groups, _, fan_in = x.shape
@@ -89,15 +89,15 @@ class Sums:
             ]
             return Moments(Thin(factors[-1]), None if len(factors) == 1 else factors[0], ends)
         seen = means[-1]
-        found = []
+        forms = []
         for product, mean in zip(self.products, means, strict=True):
-            about = product.to(mean.device) / self.count
-            about = about - seen[:, :, None] * mean[:, None, :]
+            moment = product.to(mean.device) / self.count
+            moment = moment - seen[:, :, None] * mean[:, None, :]
             if not centred:
-                about = about + (seen + origin)[:, :, None] * (mean + origin)[:, None, :]
-            found.append(about)
-        hessian = (found[-1] + found[-1].transpose(1, 2)) / 2
-        return Moments(Full(hessian), None if len(found) == 1 else found[0].transpose(1, 2), ends)
+                moment = moment + (seen + origin)[:, :, None] * (mean + origin)[:, None, :]
+            forms.append(moment)
+        hessian = (forms[-1] + forms[-1].transpose(1, 2)) / 2
+        return Moments(Full(hessian), None if len(forms) == 1 else forms[0].transpose(1, 2), ends)
 
 
 class Solver(Protocol):

@@ -87,12 +87,12 @@ class _Run:
 def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
     """Run one epoch; returns mean loss and, for a classifier with labels, training accuracy in percent."""
     model = run.trainee.model.train()
-    told: list[Tensor] = []
+    results: list[Tensor] = []
     for step, batch in enumerate(_all_of(epoch_batches(samples, run.settings, epoch), run.steps, epoch)):
         inside(step, run.steps)
-        told.append(_step(run, channels_last(batch), (epoch + step / run.steps) / run.settings.epochs))
-        if not torch.isfinite(told[-1]).all():
-            task, penalty, _ = told[-1].tolist()
+        results.append(_step(run, channels_last(batch), (epoch + step / run.steps) / run.settings.epochs))
+        if not torch.isfinite(results[-1]).all():
+            task, penalty, _ = results[-1].tolist()
             raise AnybitError(f"The loss became {task:g} (penalty {penalty:g}) in {_where(run, epoch, step)}")
     broken = [name for name, tensor in model.named_parameters() if torch.isnan(tensor).any()]
     if broken:  # by the last update, after which no loss was computed: do not store it
@@ -102,7 +102,7 @@ def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
     average_tensors(model.buffers())
     if epoch + 1 == run.settings.epochs:
         run.trainee.before_step(1.0)
-    loss, _, right = torch.stack(told).mean(0).tolist()
+    loss, _, right = torch.stack(results).mean(0).tolist()
     labelled = run.task.of_one_class and samples.labelled
     return {"loss": loss, "train_top1": 100 * right if labelled else None}
 
@@ -114,17 +114,17 @@ def _step(run: _Run, batch: Batch, progress: float) -> Tensor:
     for group, rate in zip(run.optimizer.param_groups, run.rates, strict=True):
         group["lr"] = rate * learning_rate(progress, run.settings.warmup)
     run.optimizer.zero_grad(set_to_none=True)
-    told: list[Tensor] = []
+    results: list[Tensor] = []
     for _ in run.trainee.passes():
-        told.append(_pass(run, batch))
-        if not torch.isfinite(told[-1]).all():
-            return told[-1]
+        results.append(_pass(run, batch))
+        if not torch.isfinite(results[-1]).all():
+            return results[-1]
     average_gradients(run.trainee.model)
     run.optimizer.step()
     with torch.no_grad():
         for parameter in run.positive:
             parameter.clamp_(min=SMALLEST_GAMMA)
-    return torch.stack(told).mean(0)
+    return torch.stack(results).mean(0)
 
 
 def _pass(run: _Run, batch: Batch) -> Tensor:
@@ -135,16 +135,18 @@ def _pass(run: _Run, batch: Batch) -> Tensor:
     penalty = run.trainee.penalty().to(loss.device)
     labels = batch.labels if run.task.of_one_class else None
     right = torch.zeros_like(loss) if labels is None else correct(run.task.judged(outputs), labels).float().mean()
-    told = average(torch.stack([loss.detach().float(), penalty.detach(), right.detach()]))  # averaged, so that all processes stop together
-    if torch.isfinite(told).all():
+    results = average(
+        torch.stack([loss.detach().float(), penalty.detach(), right.detach()])
+    )  # averaged, so that all processes stop together
+    if torch.isfinite(results).all():
         (loss + penalty).backward()
-    return told
+    return results
 
 
 def _where(run: _Run, epoch: int, step: int) -> str:
-    kept = f" The checkpoint of epoch {epoch} is in {run.checkpoint}." if run.checkpoint and epoch else ""
+    resumable = f" The checkpoint of epoch {epoch} is in {run.checkpoint}." if run.checkpoint and epoch else ""
     advice = "Look for invalid inputs, or start again (--overwrite) with lower learning rates."
-    return f"epoch {epoch + 1}, step {step + 1} of {run.steps}.{kept} {advice}"
+    return f"epoch {epoch + 1}, step {step + 1} of {run.steps}.{resumable} {advice}"
 
 
 def summary(record: Mapping[str, Any], epochs: int) -> str:

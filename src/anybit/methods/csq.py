@@ -196,8 +196,8 @@ class GatedWeight(nn.Module):
 
     def bits(self) -> int:
         """Return the two's-complement bits that the kept planes need: highest minus lowest plus one, and the sign; 0 without planes."""
-        kept = self.kept_planes()
-        return kept[-1] - kept[0] + 2 if kept else 0
+        counted = self.kept_planes()
+        return counted[-1] - counted[0] + 2 if counted else 0
 
     def fix(self, live: Iterable[int]) -> None:
         """Decide the planes for good."""
@@ -212,8 +212,8 @@ class GatedWeight(nn.Module):
 
     def undecided(self) -> tuple[int, int]:
         """Return (gates between 0.01 and 0.99, all gates) of the planes that count, including plane gates until they are fixed."""
-        kept = self.kept_planes()
-        gates = [gate(logits[kept], self.temperature, self.weight_gates) for logits in (self.positive, self.negative)]
+        counted = self.kept_planes()
+        gates = [gate(logits[counted], self.temperature, self.weight_gates) for logits in (self.positive, self.negative)]
         if self.live is None and self.plane_gates == "soft":
             gates.append(self.plane_gate())
         return sum(int(((g > 0.01) & (g < 0.99)).sum()) for g in gates), sum(g.numel() for g in gates)
@@ -221,12 +221,12 @@ class GatedWeight(nn.Module):
     @torch.no_grad()
     def freeze(self, rows: Tensor) -> tuple[Tensor, UniformQuantizer | None]:
         """Return (values [channels, fan-in], the uniform quantizer that leaves them unchanged); (zeros, None) without planes."""
-        kept = self.kept_planes()
+        counted = self.kept_planes()
         bits = (self.positive >= 0).long() - (self.negative >= 0).long()  # [N, channels, fan-in], each -1, 0 or 1
-        if not kept:
+        if not counted:
             return torch.zeros_like(self.positive[0]), None
-        codes = sum((bits[b] << (b - kept[0]) for b in kept), torch.zeros_like(bits[0]))
-        step = self.log_scale.exp() * self.place_values[kept[0]]
+        codes = sum((bits[b] << (b - counted[0]) for b in counted), torch.zeros_like(bits[0]))
+        step = self.log_scale.exp() * self.place_values[counted[0]]
         quantizer = UniformQuantizer(self.bits(), True, step.expand(len(codes), 1))
         return quantizer.values(codes.float()), quantizer
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 ROUNDINGS: Mapping[str, str] = {
     "adaquant": "anybit.methods.adaquant:AdaQuant",
     "adaround": "anybit.methods.adaround:AdaRound",
+    "flexround": "anybit.methods.flexround:FlexRound",
 }
 """The roundings of `calibrate --rounding`."""
 

@@ -56,15 +56,15 @@ def copied(model: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module
     memo = {} if instead is None else instead
     memo.update(_detached(model))
     try:
-        twin = copy.deepcopy(model, memo)
-        _Binder(model, memo).bind(twin)
+        clone = copy.deepcopy(model, memo)
+        _Binder(model, memo).bind(clone)
     except Exception as error:  # an attribute's class may raise any error
-        name, module, said = _uncopiable(model, error)
+        name, module, reason = _uncopiable(model, error)
         raise UnsupportedModel(
-            f"{name or 'The network'}, a {type(module).__name__}, cannot be copied, and anybit works on a copy: {said}. "
+            f"{name or 'The network'}, a {type(module).__name__}, cannot be copied, and anybit works on a copy: {reason}. "
             "Keep such attributes out of the module, detach() its tensors, or give it a __deepcopy__."
         ) from error
-    return twin
+    return clone
 
 
 def _detached(model: nn.Module) -> dict[int, Tensor]:
@@ -179,7 +179,7 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 
 def _rebuilt(
-    key: Any, function: FunctionType, places: Sequence[Place], twin_of: Callable[[Any], Any], memo: dict[int, Any]
+    key: Any, function: FunctionType, places: Sequence[Place], clone_of: Callable[[Any], Any], memo: dict[int, Any]
 ) -> BoundFunction:
     """Return the same code with the copies of its values at `places`. It is entered into `memo` first, since the values may refer back to
     it.
@@ -196,15 +196,15 @@ def _rebuilt(
                 added.append((cell, values[kind, index]))
             cells[index] = memo[id(cell)]
     scope = {**function.__globals__} if any(kind == "globals" for kind, _ in places) else function.__globals__
-    twin = FunctionType(function.__code__, scope, function.__name__, None, tuple(cells))
-    twin.__qualname__, twin.__doc__, twin.__module__ = function.__qualname__, function.__doc__, function.__module__
-    bound = memo[id(key)] = BoundFunction(twin, places)
+    clone = FunctionType(function.__code__, scope, function.__name__, None, tuple(cells))
+    clone.__qualname__, clone.__doc__, clone.__module__ = function.__qualname__, function.__doc__, function.__module__
+    bound = memo[id(key)] = BoundFunction(clone, places)
     for cell, value in added:
-        memo[id(cell)].cell_contents = twin_of(value)
-    twins = {place: twin_of(values[place]) for place in places if place[0] != "closure"}
-    scope.update({str(name): one for (kind, name), one in twins.items() if kind == "globals"})
-    twin.__defaults__ = tuple(twins.get(("defaults", index), one) for index, one in enumerate(function.__defaults__ or ())) or None
-    twin.__kwdefaults__ = {name: twins.get(("keywords", name), one) for name, one in (function.__kwdefaults__ or {}).items()} or None
+        memo[id(cell)].cell_contents = clone_of(value)
+    clones = {place: clone_of(values[place]) for place in places if place[0] != "closure"}
+    scope.update({str(name): one for (kind, name), one in clones.items() if kind == "globals"})
+    clone.__defaults__ = tuple(clones.get(("defaults", index), one) for index, one in enumerate(function.__defaults__ or ())) or None
+    clone.__kwdefaults__ = {name: clones.get(("keywords", name), one) for name, one in (function.__kwdefaults__ or {}).items()} or None
     return bound
 
 
@@ -273,12 +273,12 @@ def checked_copy(model: nn.Module, example: Batch) -> nn.Module:
     raise UnsupportedModel(_unfaithful(model, batches[0], suspects))
 
 
-def _computes_alone(twin: nn.Module, model: nn.Module, batches: Sequence[Batch], suspect: bool) -> bool:
-    """Return whether `twin` gives the outputs of `model` while the weights of `model` are replaced; True if the outputs cannot tell."""
-    source = model if suspect else twin
-    with _restored(twin, parameters=False), _restored(source, parameters=suspect):
+def _computes_alone(clone: nn.Module, model: nn.Module, batches: Sequence[Batch], suspect: bool) -> bool:
+    """Return whether `clone` gives the outputs of `model` while the weights of `model` are replaced; True if the outputs cannot tell."""
+    source = model if suspect else clone
+    with _restored(clone, parameters=False), _restored(source, parameters=suspect):
         with _moved_away(model):
-            alone = _outputs(twin, batches if suspect else batches[:1])
+            alone = _outputs(clone, batches if suspect else batches[:1])
         if not suspect and alone is not None and all(map(_is_finite, alone)):
             return True
         expected = _outputs(source, batches[: len(alone or batches)])

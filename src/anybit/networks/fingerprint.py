@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from anybit.data.batches import Batch, call, evaluating, tensors_in
 from anybit.errors import InvalidFile
 from anybit.networks.layers import quantized_layers
-from anybit.networks.wiring import plainly
+from anybit.networks.wiring import without_replacing
 
 TOLERANCE = 1e-3
 """Relative to the outputs' root mean square: above differences between machines, below those of another network."""
@@ -151,7 +151,7 @@ def _tensor(place: Mapping[str, Any], drawn: dict[int, Tensor], nudge: float) ->
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     if any(tensor.device.type != "cpu" for tensor in model.parameters()):  # an accelerator rounds more coarsely
         model = copy.deepcopy(model).cpu()
-    with evaluating(model), plainly(), _floats_read(model), _buffers_restored(model):
+    with evaluating(model), without_replacing(), _floats_read(model), _buffers_restored(model):
         tensors = [tensor for tensor in tensors_in(call(model, inputs)) if tensor.is_floating_point()]
     flat = [tensor.float().cpu().flatten() for tensor in tensors[:OUTPUTS]]
     return [values[torch.linspace(0, len(values) - 1, min(VALUES, len(values))).long()].clone() for values in flat]

@@ -24,14 +24,14 @@ def plain_weights(model: nn.Module) -> nn.Module:
     names = [name for name, module in model.named_modules() if any(_removers(module))]
     if not names and not any(recurrent_layers(model)):
         return _with_own_weights(model)
-    twin = copied(model, {id(tensor): tensor.detach().clone() for tensor in _computed(model)})
-    with evaluating(twin):
+    clone = copied(model, {id(tensor): tensor.detach().clone() for tensor in _computed(model)})
+    with evaluating(clone):
         for name in names:
-            for remove in list(_removers(twin.get_submodule(name))):
+            for remove in list(_removers(clone.get_submodule(name))):
                 remove()
-    for change in list(recurrent_layers(twin)):
+    for change in list(recurrent_layers(clone)):
         change()
-    return _with_own_weights(twin)
+    return _with_own_weights(clone)
 
 
 def _with_own_weights(model: nn.Module) -> nn.Module:
@@ -39,12 +39,12 @@ def _with_own_weights(model: nn.Module) -> nn.Module:
     shared = _shared(model)
     if not shared:
         return model
-    twin = copied(model)
+    clone = copied(model)
     for name, key in shared:
-        layer = twin.get_submodule(name)
+        layer = clone.get_submodule(name)
         parameter = getattr(layer, key)
         setattr(layer, key, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
-    return twin
+    return clone
 
 
 def _shared(model: nn.Module) -> Sequence[tuple[str, str]]:

@@ -84,9 +84,9 @@ class GRUCell(nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # noqa: A002  # as PyTorch calls it
         hx = input.new_zeros(*input.shape[:-1], self.hidden_size) if hx is None else hx
-        read, kept = self.ih(input).chunk(3, -1), self.hh(hx).chunk(3, -1)
-        reset, update = (read[0] + kept[0]).sigmoid(), (read[1] + kept[1]).sigmoid()
-        new = (read[2] + reset * kept[2]).tanh()
+        read, carried = self.ih(input).chunk(3, -1), self.hh(hx).chunk(3, -1)
+        reset, update = (read[0] + carried[0]).sigmoid(), (read[1] + carried[1]).sigmoid()
+        new = (read[2] + reset * carried[2]).tanh()
         return new + update * (hx - new)
 
 

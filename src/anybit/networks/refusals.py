@@ -87,7 +87,7 @@ def _check_tensor(key: str, tensor: Tensor, is_stored: bool) -> None:
         )
 
 
-def _said(error: Exception) -> str:
+def _first_sentence(error: Exception) -> str:
     """Return an error's message up to its first full stop."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text.partition('. ')[0].rstrip('.')}."
@@ -134,7 +134,7 @@ def moving_state(
             name = _first_difference(first, last)
     except Exception as error:
         raise UnsupportedModel(
-            f"The network runs once on an input and not again ({_said(error)}). Reset its state in each pass."
+            f"The network runs once on an input and not again ({_first_sentence(error)}). Reset its state in each pass."
         ) from error
     moved = changed(before, model.state_dict())
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -238,7 +238,7 @@ def check_differentiable(model: nn.Module, blocks: Iterable[str], example: Batch
     except AnybitError:
         raise
     except Exception as error:
-        raise UnsupportedModel(f"The network's outputs cannot be differentiated: {_said(error)} Use --pipeline light.") from error
+        raise UnsupportedModel(f"The network's outputs cannot be differentiated: {_first_sentence(error)} Use --pipeline light.") from error
     if cut or not output.requires_grad:
         place = f"Block {cut[0]}" if cut else f"The forward of {type(model).__name__}"
         raise UnsupportedModel(

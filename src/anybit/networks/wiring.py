@@ -42,6 +42,8 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 ESCAPES = {"item", "tolist", "numpy", "array", "bool", "float", "int", "index", "equal", "allclose", "is_nonzero"}
 """Functions that read values and return no tensor."""
+LITERALS = {"tensor", "as_tensor", "asarray", "from_numpy"}
+"""Functions whose numbers may come from anywhere."""
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clip"}
 """Activations that only bound values, and so create no new ones."""
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -77,6 +79,7 @@ class Operation:
     read      of a layer: the shape of the first tensor that it reads, including the batch
     moves     whether the output contains only numbers of the input, and zeros
     constants tensors of several numbers among the operands that are not observed values: weights, masks, buffers
+    constant  whether all that it reads was computed from parameters, buffers and sizes alone
     """
 
     name: str
@@ -91,6 +94,7 @@ class Operation:
     read: tuple[int, ...] = ()
     moves: bool = False
     constants: int = 0
+    constant: bool = False
 
     @property
     def edge(self) -> str:
@@ -235,12 +239,7 @@ class Wiring:
 
     def constant_layers(self) -> set[str]:
         """Return the layers that do not depend on the inputs in any of their calls."""
-        depends, varying = set(self.input_values), set[str]()
-        for op in self.operations:
-            if depends & set(op.inputs):
-                depends.update(op.outputs)
-                varying.update([op.name] if op.kind == LAYER else [])
-        return set(self.layer_names()) - varying
+        return {name for name in self.layer_names() if all(op.constant for op in self.runs(name))}
 
     def batch_norm_after(self, layer: str) -> str | None:
         """Return the batch norm that alone reads this layer's output and normalizes its channels, both called once; None if there is
@@ -370,7 +369,7 @@ def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Ten
     observer = _Observer(model, on_value)
     batch = replace(batch, inputs=map_tensors(batch.inputs, Tensor.clone))  # the forward may modify them
     try:
-        with torch.no_grad(), evaluating(model), observer.hooks(), observer, plainly():
+        with torch.no_grad(), evaluating(model), observer.hooks(), observer, without_replacing():
             observer.begin(batch)
             output = run(model, batch.inputs)
     except (InvalidInput, UnsupportedModel):
@@ -378,8 +377,8 @@ def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Ten
     except Exception as error:  # a model's own checks may raise any error
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(batch.inputs))
         remedy = "Check --data, --size and the model's own input shape."
-        said = " ".join(str(error).split())
-        raise InvalidInput(f"The model refuses inputs of shape {shapes}: {type(error).__name__}: {said}. {remedy}") from error
+        message = " ".join(str(error).split())
+        raise InvalidInput(f"The model refuses inputs of shape {shapes}: {type(error).__name__}: {message}. {remedy}") from error
     return observer.finish(output, len(batch)), output
 
 
@@ -387,7 +386,7 @@ _PLAIN = ContextVar("plain", default=False)
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
+def without_replacing() -> Iterator[None]:
     """Disable `run_replacing` inside the block, so that the network itself is observed."""
     token = _PLAIN.set(True)
     try:
@@ -489,13 +488,13 @@ class _Replacer(_Namer):
         if self.inside_leaf:
             return output
         kind = _bare_name(func)
-        made = args[0] if kind == "setitem" else output
-        if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors_in(made)):
+        created = args[0] if kind == "setitem" else output
+        if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors_in(created)):
             return output
         arguments = (args[:1] if kind.endswith("_as") else args), kwargs
         if not any(tensor in self.values for tensor in tensors_in(arguments)):
             return output
-        shown = self._record(f"{self.stack[-1]}/{kind}".lstrip("/"), kind, self.stack[-1], arguments, made)
+        shown = self._record(f"{self.stack[-1]}/{kind}".lstrip("/"), kind, self.stack[-1], arguments, created)
         return output if kind == "setitem" else shown
 
     def _record(self, name: str, kind: str, owner: str, arguments, output, function=None) -> Any:
@@ -542,6 +541,10 @@ class _Observer(_Namer):
         self.channels_last = {name for name, module in layers if type_of(module).channels_last}
         self.marks: dict[int, tuple[str, int, Tensor]] = {}  # value -> (layer, number of channels, channel index at each place)
         self.channels_second: dict[int, str] = {}
+        self.constants: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()
+        for module in model.modules():
+            attributes = {key: value for key, value in vars(module).items() if key != "_modules"}
+            self.constants.update(dict.fromkeys(tensors_in(attributes)))
 
     def begin(self, batch: Batch) -> None:
         self.input_values = tuple(self._new_value(tensor) for tensor in tensors_in(batch.inputs))
@@ -569,8 +572,8 @@ class _Observer(_Namer):
             if not read and type_of(module).reads_numbers:
                 raise UnsupportedModel(f"Layer {name} receives no tensor. Pass it one, or remove the layer.")
             self.shapes_read[name] = tuple(read[0].shape) if read else ()
-            if read and (how := surroundings_of(read[0])):
-                self.surroundings[name] = how
+            if read and (context := surroundings_of(read[0])):
+                self.surroundings[name] = context
 
     def _note_sole_input(self, name: str, arguments: tuple[tuple, dict]) -> None:
         places = map_leaves(arguments, Tensor, lambda tensor: _Place(self.values.get(tensor)))
@@ -588,8 +591,9 @@ class _Observer(_Namer):
         output = func(*args, **kwargs)
         if not self.inside_leaf:
             kind, owner = _bare_name(func), self.stack[-1]
-            made = args[0] if kind == "setitem" else output
-            tensors = tensors_in(made)
+            created = args[0] if kind == "setitem" else output
+            tensors = tensors_in(created)
+            self._note_constants(kind, tensors_in((args, kwargs)), tensors)
             if not tensors and kind not in ESCAPES:  # a shape, a type, a device: most calls
                 return output
             arguments = (args[:1] if kind.endswith("_as") else args), kwargs  # only a shape or type of the other is read
@@ -603,10 +607,19 @@ class _Observer(_Namer):
                 self._alias(output, reads[0])
             elif reads and makes:
                 marked = self.marks.get(self.values[reads[0]]) if kind in RESHAPES else None
-                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, arguments, made, _activation(kind, args, kwargs))
+                self._record(f"{owner}/{kind}".lstrip("/"), kind, owner, arguments, created, _activation(kind, args, kwargs))
                 if marked is not None:
                     self._mark(marked, tensors, func, args, kwargs)
         return output
+
+    def _note_constants(self, kind: str, read: Sequence[Tensor], created: Sequence[Tensor]) -> None:
+        """Note which tensors do not depend on the inputs: those computed from others like them, or from sizes."""
+        constant = kind not in LITERALS and all(tensor in self.constants for tensor in read)
+        for tensor in created:
+            if constant:
+                self.constants[tensor] = None
+            else:
+                self.constants.pop(tensor, None)  # an in-place operation may have written into it
 
     def _alias(self, output: Tensor, value: Tensor) -> None:
         """Give the output of an operation that changes nothing the number of its input."""
@@ -633,8 +646,11 @@ class _Observer(_Namer):
         shape = tuple(tensors[0].shape) if tensors else ()
         within, seen = (tuple(self.stack[1:]), self.shapes_read[name]) if is_layer else ((), ())
         moves = kind in MOVES or (kind == "pad" and _pads_zeros(*arguments))
-        operation = Operation(name, kind, owner, inputs, outputs, shape, function, call, within, seen, moves, constants)
+        constant = all(tensor in self.constants for tensor in read)
+        operation = Operation(name, kind, owner, inputs, outputs, shape, function, call, within, seen, moves, constants, constant)
         self.operations.append(operation)
+        if is_layer or kind == BATCH_NORM:  # functions are noted where they are called
+            self._note_constants(kind, read, tensors)
         if not tensors:
             return output
         self._mark_channels(operation, tensors)

@@ -1,7 +1,6 @@
 """The exported file: created from a canonical model, written atomically, read strictly, and loaded by the runtime."""
 
 import copy
-import json
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from anybit.data.batches import Batch
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.files.cache import Cache
-from anybit.files.strict import in_words, parse_json, validated
+from anybit.files.strict import in_words, json_text, parse_json, validated
 from anybit.files.whole import whole_file
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import observe_edge_ranges, with_edges
@@ -117,7 +116,7 @@ def exported(
     names = edge_names({name_of(value): values[name_of(value)] for value in order if name_of(value) in values}, shown, edge_grids(model))
     plan = make_plan(model, floating, names, tables)
     metadata = {**(metadata or {}), FUNCTIONS: "tables" if tables else "float", LINEARS: "packed" if weight_only else "unpacked"}
-    metadata[MEASURED] = json.dumps(dict(measured or {}))
+    metadata[MEASURED] = json_text(dict(measured or {}))
     written = write_graph(model, floating, plan, metadata, weight_only)
     return Exported(written.graph, floating, plan, model, written.edges, written.inputs)
 

@@ -30,7 +30,7 @@ def run_node(node: ir.Node, inputs: Sequence[np.ndarray | None], versions: tuple
     }
     takes = [None if value is None else values[name_of(value)] for value in node.inputs]
     copy = ir.Node(node.domain, node.op_type, takes, list(node.attributes.values()), num_outputs=len(node.outputs), name=node.name)
-    for made, value in zip(copy.outputs, node.outputs, strict=True):
-        made.name = name_of(value)
+    for output, value in zip(copy.outputs, node.outputs, strict=True):
+        output.name = name_of(value)
     graph = ir.Graph(list(values.values()), copy.outputs, nodes=[copy], opset_imports={"": versions[0]}, name="one")
     return run_unoptimized(ir.Model(graph, ir_version=versions[1]), arrays)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from anybit.reports.words import powers
+
 COLOURS = 6
 SHAPES = ("circle", "square", "diamond", "triangle", "x", "cross", "wedge")  # one more than colours, which gives 42 pairs
 DASHES = ("solid", "dash", "dot", "dash-dot", "long", "long-dot")
@@ -38,6 +40,11 @@ class Axis:
         low, high, at = (math.log10(one) if self.is_log else one for one in (self.low, self.high, value))
         return round(100 * (at - low) / (high - low), 2)
 
+    @property
+    def scale(self) -> str:
+        """The two ends, and whether the axis is logarithmic, for the script."""
+        return f"{self.low!r},{self.high!r}{',log' if self.is_log else ''}"
+
     def can_show(self, value: float | None) -> bool:
         return value is not None and (value > 0 or not self.is_log)
 
@@ -49,13 +56,13 @@ class Point(NamedTuple):
 
 
 class Box(NamedTuple):
-    """A rectangle between two corners; `depth` from 0 to 1 is the strength of its colour, `text` its label."""
+    """A rectangle between two corners; `text` is its label. Each `level` of bits has a colour."""
 
     x: tuple[float, float]
     y: tuple[float, float]
     words: str
-    depth: float = 1.0
     text: str = ""
+    level: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,12 @@ class Chart:
     y: Axis
     series: Sequence[Series] = ()
     height: int = 380
+
+    @property
+    def legend(self) -> list[Series]:
+        """Return the series to explain: open marks are left out if the same marks also occur filled."""
+        filled = {series.name.partition(", ")[0] for series in self.series if not series.is_open}
+        return [one for one in self.series if not (one.is_open and not one.dash and one.name.partition(", ")[0] in filled)]
 
     def marks(self, series: Series) -> Iterator[tuple[float, float, str]]:
         """Yield (left, top, words) of each mark."""
@@ -122,7 +135,7 @@ class Chart:
 # Axes
 
 
-def linear_axis(title: str, values: Iterable[float | None], write: Callable[[float], str] = lambda value: f"{value:.10g}") -> Axis:
+def linear_axis(title: str, values: Iterable[float | None], write: Callable[[float], str] = lambda value: powers(f"{value:.10g}")) -> Axis:
     """Fit an axis to values; a single value is centred."""
     low, high = _extent(values)
     step = _round_step((high - low) / (MOST_TICKS - 1))
@@ -131,9 +144,25 @@ def linear_axis(title: str, values: Iterable[float | None], write: Callable[[flo
     return Axis(title, low - free, high + free, [(tick, write(tick)) for tick in ticks])
 
 
+def percent_axis(title: str, values: Iterable[float | None]) -> Axis:
+    """Fit an axis to percentages: it is at least a point wide and ends at 100."""
+    numbers = _clipped(values)
+    low, high = min(numbers), max(numbers)
+    ends = (low, high) if high - low >= 1 else ((low + high) / 2 - 0.5, (low + high) / 2 + 0.5)
+    fitted = linear_axis(f"{title}, %", ends)
+    if high > 100:
+        return fitted
+    end = min(fitted.high, 100.0 + MARGIN * (fitted.high - fitted.low))
+    return replace(fitted, high=end, ticks=[tick for tick in fitted.ticks if tick[0] <= 100])
+
+
+def _clipped(values: Iterable[float | None]) -> list[float]:
+    return [float(min(max(value, -LARGEST), LARGEST)) for value in values if value is not None] or [0.0]
+
+
 def _extent(values: Iterable[float | None]) -> tuple[float, float]:
-    numbers = [min(max(value, -LARGEST), LARGEST) for value in values if value is not None] or [0.0]
-    low, high = float(min(numbers)), float(max(numbers))
+    numbers = _clipped(values)
+    low, high = min(numbers), max(numbers)
     if high - low > max(1e-9 * max(abs(low), abs(high)), 1e-200):
         return low, high
     spread = abs(low) / 20 if abs(low) > 1e-200 else 1.0
@@ -157,7 +186,7 @@ def loss_axis(title: str, values: Iterable[float | None]) -> Axis:
     factors = (1, 2, 5) if high - low < 2 else (1,)
     ticks = [factor * 10.0**power for power in range(math.floor(low), math.floor(high) + 1, every) for factor in factors]
     free = MARGIN * (high - low)
-    shown = [(tick, f"{tick:g}") for tick in ticks if tick > 0 and low <= math.log10(tick) <= high]
+    shown = [(tick, powers(f"{tick:g}")) for tick in ticks if tick > 0 and low <= math.log10(tick) <= high]
     return Axis(title, 10 ** max(low - free, -323), 10 ** min(high + free, 308), shown, is_log=True)
 
 

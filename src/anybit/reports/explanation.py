@@ -51,10 +51,10 @@ def explain(run: str | Path, layer: str) -> dict[str, Any]:
     if record.epochs:
         return explanation | _of_training(record, layer)
     if record.road != "calibrate":
-        said = (
+        sentences = (
             f"{layer} is {explanation['precision']} in this subnet: the search that it was extracted from, or --scheme, gave it these bits."
         )
-        return explanation | {"why": [said, f"`anybit explain SEARCH {layer}` shows what a search tried for it."]}
+        return explanation | {"why": [sentences, f"`anybit explain SEARCH {layer}` shows what a search tried for it."]}
     if record.table is None:
         raise InvalidFile(
             f"{folder / REPORT} was written by an earlier anybit and has no table of candidates. Repeat the run, or run "
@@ -189,17 +189,17 @@ def _best_move(record: Record, cost: str, layer: str, dearer: bool) -> dict[str,
 def _choice_in_words(record: Record, layer: str) -> list[str]:
     row, result, options = record.layers[layer], _result(record), _table(record).layers[layer]
     share = f"{human_bytes(row.bytes)} of the file's {human_bytes(result.bytes)} ({100 * row.bytes / result.bytes:.1f} %)"
-    said = [
+    sentences = [
         f"{layer} is {row.precision}: {human_count(row.weights)} weights, {share}, {options[row.precision].loss:.3g} of predicted loss."
     ]
     if len(options) == 1:
-        said.append("It had no choice: this was its only candidate (see --keep, --weight-bits and --activation-bits).")
+        sentences.append("It had no choice: this was its only candidate (see --keep, --weight-bits and --activation-bits).")
     elif record.budget is None:
-        said.append("No budget was given: every layer has its largest candidate.")
+        sentences.append("No budget was given: every layer has its largest candidate.")
     chosen = record.certificate.chosen
     if chosen is not None and chosen not in ("largest", "allocated 1") and not chosen.startswith("allocated at"):
-        said.append(f"The scheme is {chosen!r}: it measured better on held-out inputs than the one predicted best.")
-    return said
+        sentences.append(f"The scheme is {chosen!r}: it measured better on held-out inputs than the one predicted best.")
+    return sentences
 
 
 def _prices_in_words(facts: Mapping[str, Any]) -> list[str]:
@@ -211,13 +211,13 @@ def _prices_in_words(facts: Mapping[str, Any]) -> list[str]:
 
 def _frontier_in_words(facts: Mapping[str, Any]) -> list[str]:
     cost, last, following = facts["limited"], facts["shadow_price"], facts["next_step"]
-    said = [] if facts["on_frontier"] else ["The scheme is not on the frontier of predicted losses: its prices are approximate."]
+    sentences = [] if facts["on_frontier"] else ["The scheme is not on the frontier of predicted losses: its prices are approximate."]
     if last is not None:
         bought = f"{_amount(last['cost'], cost)} for {-last['loss']:.3g} less predicted loss"
-        said.append(f"The shadow price is {_price(last, cost)}: the last step within this size took {_step(last)}, {bought}.")
+        sentences.append(f"The shadow price is {_price(last, cost)}: the last step within this size took {_step(last)}, {bought}.")
     if following is not None:
-        said.append(f"The next step would take {_step(following)}: {_amount(following['cost'], cost)} at {_price(following, cost)}.")
-    return said
+        sentences.append(f"The next step would take {_step(following)}: {_amount(following['cost'], cost)} at {_price(following, cost)}.")
+    return sentences
 
 
 def _more_in_words(facts: Mapping[str, Any]) -> str:
@@ -287,13 +287,15 @@ def _of_training(record: Record, layer: str) -> dict[str, Any]:
     bits = {epoch.epoch: epoch.layers[layer] for epoch in epochs}
     moved = [after.epoch for before, after in pairwise(epochs) if before.layers[layer] != after.layers[layer]]
     widths = ", ".join("float" if width is None else str(width) for width in bits.values())
-    said = [f"{layer} is {record.layers[layer].precision} after {len(epochs)} epochs of training. Its weight bits after each: {widths}."]
+    sentences = [
+        f"{layer} is {record.layers[layer].precision} after {len(epochs)} epochs of training. Its weight bits after each: {widths}."
+    ]
     if moved:
-        said.append(f"They last changed in epoch {moved[-1]}.")
+        sentences.append(f"They last changed in epoch {moved[-1]}.")
     sought = record.certificate.objective
     decided = f"the {sought} within the budget decided" if sought else "its bits are those that training started with"
-    said.append(f"Training has no table of losses at other bits: {decided}.")
-    return {"bits": bits, "why": said}
+    sentences.append(f"Training has no table of losses at other bits: {decided}.")
+    return {"bits": bits, "why": sentences}
 
 
 def _of_supernet(folder: Path, layer: str) -> dict[str, Any]:
@@ -307,17 +309,17 @@ def _of_supernet(folder: Path, layer: str) -> dict[str, Any]:
     search = read_search(folder)
     for scheme in (one.scheme for rows in (search.evaluated, search.front, search.budgets.values()) for one in rows):
         check_names([layer], scheme, str(folder / SEARCH))
-    said = [
+    sentences = [
         f"{layer} has {_range(options)} to choose from. The search evaluated {len(search.evaluated)} subnets; "
         f"{len(search.front)} are on the front."
     ]
-    said += [f"For {text} it chose {one.scheme[layer]}." for text, one in search.budgets.items()]
-    said.append("A search scores whole subnets; it does not know what these bits alone are worth.")
+    sentences += [f"For {text} it chose {one.scheme[layer]}." for text, one in search.budgets.items()]
+    sentences.append("A search scores whole subnets; it does not know what these bits alone are worth.")
     return {
         "candidates": {str(option): _tried(search, layer, option) for option in options},
         "front": [{"cost": one.cost, "score": one.score, "precision": str(one.scheme[layer])} for one in search.front],
         "budgets": {text: str(one.scheme[layer]) for text, one in search.budgets.items()},
-        "why": said,
+        "why": sentences,
     }
 
 

@@ -5,14 +5,32 @@ from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
-from anybit.reports.charts import DASHES, SHAPES, Axis, Box, Chart, Point, Series, linear_axis, loss_axis, names_axis, short, upside_down
-from anybit.reports.words import human_bytes, human_count, number, scheme_in_words
+from anybit.reports.charts import (
+    DASHES,
+    SHAPES,
+    Axis,
+    Box,
+    Chart,
+    Point,
+    Series,
+    linear_axis,
+    loss_axis,
+    names_axis,
+    percent_axis,
+    short,
+    upside_down,
+)
+from anybit.reports.words import SCORE_WORDS, human_bytes, human_count, scheme_in_words
+from anybit.reports.words import measurement as number
 from anybit.runs.records import Epoch, LayerRow, Record, SchemeRow, SearchRecord, Table
 
 FLOAT_HEIGHT = 9  # place of float on an axis of 2 to 8 bits
+QUANTITIES = {"bits": "bits per weight", "bytes": "bytes of the file", "bops": "bit operations a sample", "latency": "seconds a sample"}
 MOST_EPOCHS = 10  # labelled on an axis
 MOST_NAMED = 20_000  # precisions of evaluated subnets shown with their layers' names
 MOST_EPOCH_MARKS = 40  # epochs marked one by one on a line
+MOST_DIAMONDS = 60  # layers whose inputs are marked with a diamond
+HEIGHT = 320
 MOST_MARKS = 100  # steps of a frontier marked one by one
 BITS = Axis("bits", 0, FLOAT_HEIGHT + 0.3, [*((bits, str(bits)) for bits in (0, 2, 4, 6, 8)), (FLOAT_HEIGHT, "float")])
 ORIGINS = {
@@ -44,24 +62,23 @@ def loss_over_size(record: Record) -> Chart:
     if record.chosen is not None:
         series.append(_marks("chosen, measured", 1, "ring", [(record.chosen.bytes, record.chosen.measured, in_words(record.chosen))]))
     if record.result is not None:
-        series.append(_marks("chosen, after polishing", 1, "star", [(record.result.bytes, record.final_loss, "after polishing")]))
+        series.append(_marks("this run, after its last step", 1, "star", [(record.result.bytes, record.final_loss, "this run")]))
     label = "Loss on held-out inputs by file size: predicted frontier, uniform schemes, allocated schemes, the chosen one."
     return _over_size("losses", label, series, loss_axis, "loss on held-out inputs")
 
 
 def accuracy_over_size(record: Record, score: str, words: str) -> Chart:
-    """Draw the schemes' scores on held-out inputs; the final one on test data, beside the float network."""
+    """Draw the schemes' scores on held-out inputs, the final one's among them, beside the float network's."""
     uniform, allocated = _by_kind(record.schemes)
     series = [
-        _marks("uniform, held-out", 5, "diamond", [(row.bytes, getattr(row, score), in_words(row)) for row in uniform]),
-        _marks("allocated, held-out", 0, "square", [(row.bytes, getattr(row, score), in_words(row)) for row in allocated]),
+        _marks("uniform", 5, "diamond", [(row.bytes, getattr(row, score), in_words(row)) for row in uniform]),
+        _marks("allocated", 0, "square", [(row.bytes, getattr(row, score), in_words(row)) for row in allocated]),
     ]
     if record.result is not None:
-        tested = (record.result.bytes, record.tested(score), "this file, on test data")
-        series.append(_marks("this file, test data", 1, "star", [tested]))
-    series += _level(series, record.float_test.get(score), "float network, test data")
-    label = f"{words} over the size of the file: schemes on held-out inputs, the finished file and the float network on test data."
-    return _over_size("accuracies", label, series, linear_axis, words)
+        series.append(_marks("this run", 1, "star", [(record.result.bytes, record.final_score(score), "this run")]))
+    series += _level(series, record.float_held_out.get(score), "float network")
+    label = f"{words} on held-out inputs over the size of the file: every scheme that was measured, this run, and the float network."
+    return _over_size("accuracies", label, series, score_axis(score), f"{words} on held-out inputs")
 
 
 def losses_side_by_side(records: Mapping[str, Record]) -> Chart:
@@ -89,7 +106,7 @@ def tests_side_by_side(records: Mapping[str, Record], score: str, words: str) ->
     floats = {record.float_test.get(score) for record in records.values()} - {None}
     series += _level(series, floats.pop(), "float network") if len(floats) == 1 else []
     label = f"{words} on test data over the size of the file, a shape for each run."
-    return _over_size("tests", label, series, linear_axis, f"{words} on test data")
+    return _over_size("tests", label, series, score_axis(score), f"{words} on test data")
 
 
 def tested_points(name: str, record: Record, score: str) -> list[tuple[int, float, str]]:
@@ -120,9 +137,15 @@ def _by_kind(rows: Iterable[SchemeRow]) -> tuple[list[SchemeRow], list[SchemeRow
     return [row for row in rows if row.name.startswith("uniform")], [row for row in rows if not row.name.startswith("uniform")]
 
 
-def _over_size(key: str, label: str, series: Iterable[Series], score_axis: Callable[..., Axis], title: str) -> Chart:
+def _over_size(key: str, label: str, series: Iterable[Series], axis: Callable[..., Axis], title: str) -> Chart:
     series = [_with_values(one, human_bytes) for one in _drawn(series)]
-    return Chart(key, label, linear_axis("size of the file", _values(series, "x"), _size), score_axis(title, _values(series, "y")), series)
+    sizes, values = linear_axis("size of the file", _values(series, "x"), _size), axis(title, _values(series, "y"))
+    return Chart(key, label, sizes, values, series, HEIGHT)
+
+
+def score_axis(score: str) -> Callable[..., Axis]:
+    """Return the axis of a score: percentages end at 100, and are not spread wider than a point."""
+    return percent_axis if score == "top1" else linear_axis
 
 
 def _values(series: Iterable[Series], place: Literal["x", "y"]) -> list[float | None]:
@@ -157,16 +180,20 @@ def bits_along_network(records: Mapping[str, Record]) -> Chart:
     names = list(dict.fromkeys(name for record in records.values() for name in record.layers))
     series = _bits_of_one(names, *records.values()) if len(records) == 1 else _bits_of_several(names, records)
     label = "Bits of every layer's weights and input, in the network's order."
-    return Chart("bits", label, names_axis(names), BITS, series)
+    return Chart("bits", label, names_axis(names), BITS, series, 200)
 
 
 def _bits_of_one(names: Sequence[str], record: Record) -> list[Series]:
     heights = [_weight_height(record.layers[name]) for name in names]
     words = [f"{name}: {record.layers[name].precision}" for name in names]
-    bars = [Box((at - 0.4, at + 0.4), (0, height), words[at]) for at, height in enumerate(heights) if height is not None]
+    bars = [
+        Box((at - 0.4, at + 0.4), (0, height), words[at], level=level_of(record.layers[names[at]].precision.weight_bits))
+        for at, height in enumerate(heights)
+        if height is not None
+    ]
     inputs = [_height(record.layers[name].precision.activation_bits) for name in names]
     points = list(zip(range(len(names)), inputs, words, strict=True))
-    return [Series("weights", 0, boxes=bars), Series("inputs", 1, _points(points), "diamond", dash="dot")]
+    return [Series("weights", 0, boxes=bars), Series("inputs", None, _points(points), "diamond" if len(names) <= MOST_DIAMONDS else "dot")]
 
 
 def _bits_of_several(names: Sequence[str], records: Mapping[str, Record]) -> list[Series]:
@@ -186,19 +213,13 @@ def _weight_height(layer: LayerRow) -> int | None:
     return _height(layer.precision.weight_bits) if layer.weights or layer.precision.weight_bits else None
 
 
+def level_of(bits: int | None) -> str:
+    """Return the name of the colour for this many bits."""
+    return "float" if bits is None else str(bits)
+
+
 def _height(bits: int | None) -> int:
     return FLOAT_HEIGHT if bits is None else bits
-
-
-def losses_by_layer(rows: Sequence[tuple[str, float, float | None]]) -> Chart:
-    """Draw bars of (layer, predicted loss, the rest after one more step of bits), the worst on top."""
-    names = [name for name, _, _ in rows]
-    now = [Box((0, loss), (at - 0.36, at + 0.36), f"{name}: {number(loss)}") for at, (name, loss, _) in enumerate(rows)]
-    after = [Point(left, at, f"{name}: {number(left)}") for at, (name, _, left) in enumerate(rows) if left is not None]
-    series = [Series("now", 0, boxes=now), Series("after one step more of bits", 1, after, "diamond")]
-    losses = linear_axis("predicted loss", [0, *(value for row in rows for value in row[1:])])
-    label = "Predicted loss of the most sensitive layers, now and with one more step of bits."
-    return Chart("layers", label, losses, upside_down(names_axis(names)), _drawn(series), 26 * len(rows))
 
 
 # Steps, epochs, searches
@@ -212,7 +233,7 @@ def ladder(record: Record) -> Chart:
         _marks("not kept", 1, "x", [(at, row.loss, f"{row.step}: {number(row.loss)}") for at, row in steps if not row.kept]),
     ]
     losses = loss_axis("loss on held-out inputs", [row.loss for row in record.ladder])
-    return Chart("ladder", "Held-out loss after each step.", names_axis([row.step for row in record.ladder]), losses, _drawn(series), 300)
+    return Chart("ladder", "Held-out loss after each step.", names_axis([row.step for row in record.ladder]), losses, _drawn(series), 220)
 
 
 def searched(search: SearchRecord) -> Chart:
@@ -231,8 +252,9 @@ def searched(search: SearchRecord) -> Chart:
     series.append(Series("front", None, _points(_stairs(front)), dash="solid"))
     series.append(Series("front, measured on other inputs", None, _points(again), "circle", is_open=True, dash="dot"))
     series = [_with_values(one, number) for one in _drawn(series)]
-    costs, scores = linear_axis(search.quantity, _values(series, "x")), linear_axis(search.score, _values(series, "y"))
-    return Chart("search", f"{search.score} over {search.quantity} of every evaluated subnet, and the front.", costs, scores, series)
+    quantity, words = QUANTITIES.get(search.quantity, search.quantity), SCORE_WORDS.get(search.score, search.score)
+    costs, scores = linear_axis(quantity, _values(series, "x")), score_axis(search.score)(words, _values(series, "y"))
+    return Chart("search", f"{words} over {quantity} of every evaluated subnet, and the front.", costs, scores, series, HEIGHT)
 
 
 def _stairs(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
@@ -273,9 +295,9 @@ def stretches(name: str, epochs: Sequence[Epoch]) -> Iterable[Stretch]:
 
 
 def _box(at: int, name: str, stretch: Stretch) -> Box:
-    depth = round(0.1 + 0.06 * min(max(FLOAT_HEIGHT if stretch.bits is None else stretch.bits, 0), FLOAT_HEIGHT), 2)
     words = f"{name}, epochs {stretch.first} to {stretch.last}: {stretch.text}"
-    return Box((stretch.start - 0.5, stretch.end + 0.5), (at - 0.5, at + 0.5), words, depth, stretch.text)
+    place = (stretch.start - 0.5, stretch.end + 0.5), (at - 0.47, at + 0.47)
+    return Box(*place, words, text=stretch.text, level=stretch.text)
 
 
 def mean_bits_over_epochs(epochs: Sequence[Epoch], budget: str | None) -> Chart:
@@ -289,16 +311,21 @@ def mean_bits_over_epochs(epochs: Sequence[Epoch], budget: str | None) -> Chart:
 def scores_over_epochs(epochs: Sequence[Epoch], score: str) -> Chart:
     """Draw a score as the network trains (soft) and as it would be saved (frozen)."""
     series = []
-    for index, kind in enumerate(("soft", "frozen")):
+    for index, (kind, name) in enumerate({"soft": "as it trains", "frozen": "as it would be saved"}.items()):
         values = [getattr(row, kind).get(score) for row in epochs]
         points = [(at, value, f"epoch {row.epoch}: {number(value)}") for at, (row, value) in enumerate(zip(epochs, values, strict=True))]
-        series.append(_line(f"{kind} {score}", index, points))
-    return _over_epochs("scores", f"{score} by epoch, as the network trains and as it would be saved.", epochs, series, score)
+        series.append(_line(name, index, points))
+    words = SCORE_WORDS.get(score, score)
+    return _over_epochs(
+        "scores", f"{words} by epoch, as the network trains and as it would be saved.", epochs, series, words, score_axis(score)
+    )
 
 
-def _over_epochs(key: str, label: str, epochs: Sequence[Epoch], series: Iterable[Series], title: str) -> Chart:
+def _over_epochs(
+    key: str, label: str, epochs: Sequence[Epoch], series: Iterable[Series], title: str, axis: Callable[..., Axis] = linear_axis
+) -> Chart:
     series = [one if len(epochs) <= MOST_EPOCH_MARKS else replace(one, shape=None) for one in _drawn(series)]
-    return Chart(key, label, _epoch_axis(epochs), linear_axis(title, _values(series, "y")), series, 300)
+    return Chart(key, label, _epoch_axis(epochs), axis(title, _values(series, "y")), series, 220)
 
 
 def _epoch_axis(epochs: Sequence[Epoch]) -> Axis:

@@ -1,6 +1,5 @@
 """Print results of verbs that need several tables or a special line; without `details`, only the result."""
 
-import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anybit.reports.terminal import print_frontier, print_report, print_search, print_supernet, result_line
+from anybit.reports.words import drop_interval
 
 
 def print_runs(reports: Mapping[Path, Mapping[str, Any]], details: bool = True) -> None:
@@ -27,17 +27,13 @@ def print_runs(reports: Mapping[Path, Mapping[str, Any]], details: bool = True) 
 
 
 def drop_line(report: Mapping[str, Any]) -> str:
-    """Write the drop on the test data, with its 95 % interval; empty if it was not measured on classes.
-
-    Outcomes are paired: at most the share that the two networks classify differently can have changed between right and wrong.
-    """
+    """Write the drop on the test data, with its 95 % interval; empty if it was not measured on classes."""
     test, before = report.get("test") or {}, report.get("float_test") or {}
-    if "top1" not in test or "top1" not in before or "agreement" not in test or not test.get("samples"):
+    lost = drop_interval(test, before)
+    if lost is None:
         return ""
-    count, drop = test["samples"], before["top1"] - test["top1"]
-    changed = min((100 - test["agreement"]) / 100 + 1 / count, 1.0)
-    half = 196 * math.sqrt(max(changed - (drop / 100) ** 2, 0) / count)
-    interval = f"95 % interval {drop - half:.2f} to {drop + half:.2f}, {count} samples"
+    drop, low, high, count = lost
+    interval = f"95 % interval {low:.2f} to {high:.2f}, {count} samples"
     return f"Test top-1: float32 {before['top1']:.2f}, quantized {test['top1']:.2f}, drop {drop:.2f} points ({interval})"
 
 

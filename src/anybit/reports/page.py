@@ -5,8 +5,8 @@ A page is a function of its records alone. It works offline and without JavaScri
 
 import hashlib
 import html
-import json
 import os
+import re
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -19,17 +19,29 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from anybit.budget import Budget
 from anybit.calls import public
 from anybit.errors import InvalidSetting, printable
-from anybit.files.whole import whole_file
+from anybit.files.strict import json_text
+from anybit.files.whole import check_place, whole_file
 from anybit.reports import figures
-from anybit.reports.words import SCORE_WORDS, human_bytes, human_count, number, points_apart, scheme_in_words
+from anybit.reports.words import (
+    SCORE_WORDS,
+    drop_interval,
+    human_bytes,
+    human_count,
+    milliseconds,
+    points_apart,
+    scheme_in_words,
+    score_words,
+)
+from anybit.reports.words import measurement as number
 from anybit.runs.folder import runs_in
-from anybit.runs.records import Amounts, Epoch, Record, SearchRecord, Table, counted, record_of
+from anybit.runs.records import Amounts, Epoch, FoundFor, Record, SearchRecord, Table, counted, record_of
 from anybit.runs.report import read_record
 from anybit.scheme import Precision
 
 SLIDER_PLACES = 200
 SHOWN_BUDGETS = 12  # rows of the slider's table for those without JavaScript
-WORST = 15  # layers in the chart of the most sensitive ones; the table has all
+NO_GAP = 1e-9  # least relative gap of a certificate that is more than float rounding
+NUMBER = re.compile("[-\N{MINUS SIGN}+]?\\d[\\d.\N{MULTIPLICATION SIGN}⁰¹²³⁴⁵⁶⁷⁸⁹⁻]*( (%|[kMGT]?B|[kMGT]|ms))?")
 
 
 class Rows(NamedTuple):
@@ -38,6 +50,20 @@ class Rows(NamedTuple):
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether each column has only numbers, which are aligned at their right."""
+        columns = ([row[place] for row in self.rows if row[place]] for place in range(len(self.columns)))
+        return [place > 0 and bool(cells) and all(map(NUMBER.fullmatch, cells)) for place, cells in enumerate(columns)]
+
+
+class Amount(NamedTuple):
+    """A number of the answer, and its reference."""
+
+    name: str
+    value: str
+    note: str = ""
 
 
 Context = dict[str, Any]
@@ -48,9 +74,10 @@ Context = dict[str, Any]
 def report(*runs: str | Path, output: str | Path, overwrite: bool = False) -> Path:
     """Write one page that compares finished runs of any workflow; a folder of several runs counts as all of them.
 
-    Raises InvalidFile naming a folder that is not a run, InvalidSetting if `output` exists.
+    Returns the path of the page. Raises InvalidFile naming a folder that is not a run, InvalidSetting if `output` exists.
     """
     path = Path(output)
+    check_place(path, "--output")
     if path.is_dir() or (path.exists() and not overwrite):
         raise InvalidSetting(f"{path} exists. Choose another --output{'' if path.is_dir() else ', or give --overwrite'}.")
     if not runs:
@@ -72,6 +99,7 @@ class Page(NamedTuple):
 
     def save(self, path: str | Path) -> Path:
         """Write the page."""
+        check_place(Path(path), "path")
         with whole_file(Path(path), "Make room, or choose another path.") as draft:
             draft.write_text(self.html, encoding="utf8")
         return Path(path)
@@ -103,7 +131,7 @@ def runs_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
 def figure_page(report: Mapping[str, Any]) -> str:
     """Return a page with only a run's headline and its charts of size against loss and score."""
     record = record_of(report)
-    charts = _sizes(record)["charts"] if record.schemes else [_bits({"this run": record})["chart"]]
+    charts = _sizes(record)["charts"] if record.schemes else [figures.bits_along_network({"this run": record})]
     head = {"title": f"anybit: {_asked(record)}", "above": _asked(record), **_headline(record)}
     return _rendered("figure.html.j2", {**head, "charts": charts})
 
@@ -143,6 +171,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.filters["number"] = number
     templates.policies["json.dumps_kwargs"] = {"allow_nan": False}
     return templates
 
@@ -161,8 +190,7 @@ def _of_one(record: Record) -> Context:
         "sizes": _sizes(record) if record.schemes else None,
         "search": _search(record.search) if record.search else None,
         "explorer": _explorer("budgets", record.table, record) if record.table else None,
-        "bits": _bits(records) if record.layers else None,
-        "hurting": _hurting(record, record.table) if record.table else None,
+        "layers": _layers(record) if record.layers else None,
         "training": _training(record) if record.epochs else None,
         "subnets": _subnets(record) if record.subnets else None,
         "ladders": _ladders(records),
@@ -197,42 +225,62 @@ def _asked(record: Record) -> str:
 
 
 def _headline(record: Record) -> Context:
+    """Return the answer: score, size and speed beside the float network's, and the question."""
     result = record.result
     if result is None:
         count = f"{len(record.search.front)} subnets on the front" if record.search else f"{len(record.subnets)} uniform subnets"
-        lead = "Each is a separate network, from one stored file."
-        return {"headline": f"A supernet: {count}", "lead": lead, "amounts": []}
-    whole = f" instead of {human_bytes(record.float_bytes)}" if record.float_bytes else ""
+        amounts = [] if record.search is None else [_found(budget, row, record.search) for budget, row in record.search.budgets.items()]
+        return {"headline": f"A supernet: {count}", "lead": "Each is a separate network, from one stored file.", "amounts": amounts}
+    whole = f"float {human_bytes(record.float_bytes)}; {result.percent:.1f} % of it" if record.float_bytes else ""
     amounts = [
-        ("of the float network's file", f"{result.percent:.1f} %"),
-        ("bit operations a sample", human_count(result.bops)),
-        ("layers", str(len(record.layers))),
+        Amount("file size", human_bytes(result.bytes), whole),
+        Amount("bits per weight", f"{result.weight_bits:.2f}", f"{human_count(result.bops)} bit operations a sample"),
     ]
-    if record.final_loss is not None:
-        amounts.append(("loss on held-out inputs", number(record.final_loss)))
-    headline = f"{human_bytes(result.bytes)}{whole}, {result.weight_bits:.2f} bits per weight"
-    return {"headline": headline, "lead": _accuracy(record), "amounts": amounts}
-
-
-def _accuracy(record: Record) -> str:
-    """Write the test result against float as a sentence."""
+    if (times := record.latency) is not None:
+        faster = f"; {times.float32 / times.exported:.2g} times as fast" if times.exported > 0 else ""
+        amounts.insert(1, Amount("latency", milliseconds(times.exported), f"float {milliseconds(times.float32)}{faster}"))
     score = record.score_tested()
     scored = None if score is None else record.tested(score)
-    if score is None or scored is None:
-        return (
-            "Accuracy was not tested; give labelled data to --test. Below, the run is compared with the float network on held-out inputs."
-        )
+    if score is not None and scored is not None:
+        headline = f"{SCORE_WORDS[score].capitalize()} {score_words(score, scored)} in {human_bytes(result.bytes)}"
+        return {"headline": headline, "lead": _interval(record), "amounts": [_tested(record, score, scored), *amounts]}
+    if record.final_loss is not None:
+        amounts.append(Amount("loss on held-out inputs", number(record.final_loss), "0 where outputs equal the float network's"))
+    untested = "Accuracy was not tested; give labelled data to --test."
+    headline = f"{human_bytes(result.bytes)}{f' instead of {human_bytes(record.float_bytes)}' if record.float_bytes else ''}"
+    return {"headline": headline, "lead": untested, "amounts": amounts}
+
+
+def _tested(record: Record, score: str, scored: float) -> Amount:
     before = record.float_test.get(score)
-    if score == "top1":
-        words = f"On the test data its top-1 accuracy is {scored:.2f} %"
-        return f"{words}." if before is None else f"{words}, the float network {before:.2f} %: {points_apart(scored - before)}."
-    beside = "" if before is None else f", the float network's {number(before)}"
-    return f"On the test data its {SCORE_WORDS[score]} is {number(scored)}{beside}."
+    apart = f"; {points_apart(scored - before)}" if before is not None and score == "top1" else ""
+    name = "top-1 accuracy" if score == "top1" else SCORE_WORDS[score]
+    return Amount(
+        f"{name} on test data", score_words(score, scored), "" if before is None else f"float {score_words(score, before)}{apart}"
+    )
+
+
+def _interval(record: Record) -> str:
+    """Write how certain the difference of accuracies is."""
+    lost = drop_interval(record.test, record.float_test)
+    if lost is None:
+        return ""
+    _, low, high, count = lost
+    ends = " to ".join(f"{end:.2f}".replace("-", "\N{MINUS SIGN}") for end in (low, high))
+    return f"95 % interval of the loss of accuracy, on {count} test samples: {ends} points."
+
+
+def _found(budget: str, row: FoundFor, search: SearchRecord) -> Amount:
+    """Return a search's scheme for a budget: its size, and its score as measured last."""
+    same = next((one for one in (*search.front, *search.evaluated) if one.scheme == row.scheme), None)
+    score = None if same is None else same.score if same.measured is None else same.measured
+    scored = "" if score is None else f", {SCORE_WORDS.get(search.score, search.score)} {score_words(search.score, score)}"
+    return Amount(f"within {budget}", human_bytes(row.bytes), f"{row.weight_bits:.2f} bits per weight{scored}")
 
 
 def _ends(records: Mapping[str, Record], score: str | None) -> Rows:
-    columns = ["run", "road", "budget", "size", "% of float", "bits per weight", "BOPs", "held-out loss"]
-    columns += [f"test {SCORE_WORDS[score]}", f"float {SCORE_WORDS[score]}"] if score else []
+    columns = ["run", *([f"test {SCORE_WORDS[score]}", f"float {SCORE_WORDS[score]}"] if score else [])]
+    columns += ["size", "% of float", "bits per weight", "BOPs", "held-out loss", "workflow", "budget"]
     rows = [row for name, record in records.items() for row in _end(name, record, score)]
     return Rows("Results of the runs", columns, rows)
 
@@ -243,7 +291,7 @@ def _end(name: str, record: Record, score: str | None) -> Iterable[list[str]]:
     def row(label: str, budget: str | None, amounts: Amounts, loss: float | None, tested: float | None) -> list[str]:
         sizes = [human_bytes(amounts.bytes), f"{amounts.percent:.1f}", f"{amounts.weight_bits:.2f}", human_count(amounts.bops)]
         scores = [number(tested), number(record.float_test.get(score))] if score else []
-        return [label, record.road, budget or "", *sizes, number(loss), *scores]
+        return [label, *scores, *sizes, number(loss), record.road, budget or ""]
 
     if record.result is not None:
         yield row(name, record.budget, record.result, record.final_loss, record.tested(score) if score else None)
@@ -260,8 +308,8 @@ def _end(name: str, record: Record, score: str | None) -> Iterable[list[str]]:
 
 def _sizes(record: Record) -> Context:
     score = counted(record.schemes)
-    charts = [figures.loss_over_size(record)]
-    charts += [figures.accuracy_over_size(record, score, SCORE_WORDS[score])] if score else []
+    charts = [figures.accuracy_over_size(record, score, SCORE_WORDS[score])] if score else []
+    charts.append(figures.loss_over_size(record))
     tables = [_schemes_table(record, "Schemes measured on held-out inputs")]
     tables += [_uniforms_table(record.table)] if record.table is not None else []
     return {"charts": charts, "tables": tables}
@@ -310,13 +358,40 @@ def _tests_side_by_side(records: Mapping[str, Record], score: str) -> Context:
 
 def _bits(records: Mapping[str, Record]) -> Context:
     names = list(dict.fromkeys(name for record in records.values() for name in record.layers))
-    columns = ["layer", *records]
-    rows = [[name, *(str(one.layers[name].precision) if name in one.layers else "" for one in records.values())] for name in names]
-    if len(records) == 1:
-        (record,) = records.values()
-        columns = ["layer", "precision", "weights", "bytes"]
-        rows = [[name, str(row.precision), human_count(row.weights), human_bytes(row.bytes)] for name, row in record.layers.items()]
-    return {"chart": figures.bits_along_network(records), "table": Rows("Precision of every layer", columns, rows)}
+    table = next((list(one.table.layers) for one in records.values() if one.table), [])
+    places = {name: place for place, name in enumerate(table)}
+    rows = [
+        (name, [one.layers[name].precision if name in one.layers else None for one in records.values()], places.get(name, ""))
+        for name in names
+    ]
+    return {"chart": figures.bits_along_network(records), "runs": list(records), "rows": rows}
+
+
+def _layers(record: Record) -> Context:
+    """Show every layer: its precision, its size, and its share of the predicted loss."""
+    losses = {name: row.predicted_loss for name, row in record.layers.items()}
+    if record.table is not None:
+        losses = {name: record.table.layers[name][row.precision].loss for name, row in record.layers.items()}
+    places = {name: place for place, name in enumerate(record.table.layers if record.table else ())}
+    largest = max((loss for loss in losses.values() if loss is not None), default=0.0)
+    rows = [
+        {
+            "name": name,
+            "place": places.get(name, ""),
+            "precision": row.precision,
+            "weights": human_count(row.weights),
+            "bytes": human_bytes(row.bytes),
+            "loss": losses[name],
+            "share": round(100 * min(max(loss, 0.0) / largest, 1.0), 1) if (loss := losses[name]) is not None and largest > 0 else 0.0,
+        }
+        for name, row in record.layers.items()
+    ]
+    return {
+        "chart": figures.bits_along_network({"this run": record}),
+        "rows": rows,
+        "has_losses": any(loss is not None for loss in losses.values()),
+        "hurting": _hurting(record, record.table) if record.table else None,
+    }
 
 
 class Hurt(NamedTuple):
@@ -332,13 +407,11 @@ def _hurting(record: Record, table: Table) -> Context:
     layers = sorted((_hurt(name, record, table) for name in record.layers), key=lambda one: -one.loss)
     total = sum(max(one.loss, 0.0) for one in layers) or 1.0
     rows = [_hurt_row(one, total) for one in layers]
-    columns = ["layer", "now", "predicted loss", "share", "one step more", "takes off", "for", "a kB"]
-    worst = [(one.name, one.loss, one.more[2] if one.more else None) for one in layers[:WORST]]
+    columns = ["layer", "now", "predicted loss", "share", "one step more", "loss saved", "extra size", "loss saved per kB"]
     return {
         "worst": dict(zip(("name", "precision", "loss", "share", "more", "gain", "cost"), rows[0], strict=False))
         if layers and layers[0].loss > 0
         else None,
-        "chart": figures.losses_by_layer(worst),
         "table": Rows("Predicted loss by layer, and the step that gains most per byte", columns, rows),
     }
 
@@ -373,11 +446,13 @@ def _ladders(records: Mapping[str, Record]) -> Context | None:
 
 def _ladder_table(record: Record, caption: str) -> Rows:
     score = counted(record.ladder)
-    rows = [
-        [row.step, number(row.loss), *([number(getattr(row, score))] if score else []), "kept" if row.kept else "not kept"]
-        for row in record.ladder
-    ]
-    return Rows(caption, ["step", "held-out loss", *([SCORE_WORDS[score]] if score else []), "kept?"], rows)
+    rows, last = [], None
+    for row in record.ladder:
+        change = "" if last is None else f"{100 * (row.loss - last) / last:+.1f} %".replace("-", "\N{MINUS SIGN}") if last > 0 else ""
+        scored = [number(getattr(row, score))] if score else []
+        rows.append([row.step, number(row.loss), change, *scored, "kept" if row.kept else "not kept"])
+        last = row.loss if row.kept or last is None else last
+    return Rows(caption, ["step", "held-out loss", "change", *([SCORE_WORDS[score]] if score else []), "kept?"], rows)
 
 
 # The slider: the best scheme within any size, as the table predicts
@@ -393,24 +468,33 @@ def _explorers(records: Mapping[str, Record]) -> list[Context]:
         elif record.table is not None:
             shared.append((record.table, [name]))
     return [
-        _explorer(f"budgets-{index}", table, records[names[0]]) | {"runs": names if len(shared) > 1 else []}
+        _explorer(f"budgets-{index}", table, records[names[0]], names[0]) | {"runs": names if len(shared) > 1 else []}
         for index, (table, names) in enumerate(shared)
     ]
 
 
-def _explorer(key: str, table: Table, record: Record) -> Context:
-    data = frontier_data(table, record)
+def _explorer(key: str, table: Table, record: Record, name: str = "this run") -> Context:
+    data = frontier_data(table, record) | {"own": _own(table, record)}
     sizes = [data["bytes"], *(step["bytes"] for step in data["steps"])]
     place = _round_number((sizes[-1] - sizes[0]) / SLIDER_PLACES)
     low, high = (-(-size // place) * place for size in (sizes[0], sizes[-1]))
     return {
         "key": key,
+        "name": printable(name),
         "data": data,
         "slider": {"min": low, "max": high, "step": place, "value": record.result.bytes if record.result else low},
-        "layers": [(name, record.layers[name].precision) for name in table.layers],
         "table": _some_budgets(data, record.float_bytes),
         "runs": [],
     }
+
+
+def _own(table: Table, record: Record) -> Context:
+    """Return the run's own scheme, at which the slider starts."""
+    scheme = {name: record.layers[name].precision for name in table.layers}
+    size, loss = table.sums(scheme)
+    bits = sum(record.layers[name].weights * precision.stored_weight_bits for name, precision in scheme.items()) / table.weights
+    own = [str(precision) for precision in scheme.values()]
+    return {"scheme": own, "bytes": record.result.bytes if record.result else size, "loss": loss, "bits": bits}
 
 
 def frontier_data(table: Table, record: Record) -> Context:
@@ -481,7 +565,7 @@ def _training(record: Record) -> Context:
     score = next((key for key in SCORE_WORDS if epochs[-1].frozen.get(key) is not None), None)
     if score:
         charts.append(figures.scores_over_epochs(epochs, score))
-        columns += [f"soft {score}", f"frozen {score}"]
+        columns += [f"{SCORE_WORDS[score]} as it trains", f"{SCORE_WORDS[score]} as it would be saved"]
         rows = [[*cells, number(row.soft.get(score)), number(row.frozen.get(score))] for cells, row in zip(rows, epochs, strict=True)]
     tables = [Rows("Epochs", columns, rows)]
     if epochs[-1].layers:
@@ -545,13 +629,14 @@ def _certainty(record: Record) -> Iterable[str]:
 
 def _solved(record: Record, value: float, bound: float) -> str:
     certificate = record.certificate
-    better = "so there is none better" if value <= bound else f"so none can be better by more than {number(value - bound)}"
+    is_closed = value - bound <= NO_GAP * abs(value)
+    better = "so there is none better" if is_closed else f"so none can be better by more than {number(value - bound)}"
     if record.schemes:
         better += ", as far as the prediction is right"
     return (
         f"An integer program ({certificate.solver or 'its solver is not named'}) looked for the {certificate.objective or 'best scheme'} "
         f"within {record.budget}. Its best scheme reaches {number(value)}. It proved that none within the budget reaches less than "
-        f"{number(bound)} (gap {number(100 * (certificate.gap or 0.0))} %), {better}."
+        f"{number(bound)} (gap {number(0.0 if is_closed else 100 * (certificate.gap or 0.0))} %), {better}."
     )
 
 
@@ -576,7 +661,7 @@ def _settings(records: Mapping[str, Record]) -> list[Rows]:
     tables = []
     for name, record in records.items():
         values = {**record.settings, **{f"environment: {key}": value for key, value in record.environment.items()}}
-        rows = [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in values.items()]
+        rows = [[key, value if isinstance(value, str) else json_text(value)] for key, value in values.items()]
         title = "Settings and environment" + (f" of {name}" if len(records) > 1 else "")
         tables += [Rows(title, ["what", "value"], rows)] if rows else []
     return tables

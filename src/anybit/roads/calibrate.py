@@ -17,7 +17,7 @@ from anybit.data.tasks import LabelledOutputs, Metric, WeightedErrors, labels_in
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import UnsupportedModel
-from anybit.files.cache import Cache, open_cache, settle
+from anybit.files.cache import Cache, open_cache, report_and_trim
 from anybit.files.contents import contents_of
 from anybit.methods.table import rounding_named
 from anybit.networks.canonical import Canonical
@@ -54,7 +54,7 @@ from anybit.roads.keys import (
 from anybit.roads.latencies import measured_latencies, with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.polish import polish_scheme
-from anybit.roads.result import Result, layer_costs, test_scores
+from anybit.roads.result import Result, Results, layer_costs, test_scores
 from anybit.roads.settings import CalibrateSettings
 from anybit.roads.steps import (
     CalibrationState,
@@ -63,6 +63,7 @@ from anybit.roads.steps import (
     finite_samples,
     float_tested,
     matched_candidates,
+    notes_on_chance,
     range_candidates,
     reconstructed_candidates,
     sensitivity_table,
@@ -95,13 +96,15 @@ def calibrate(
     """Turn a trained network into a low-bit one, with a few hundred inputs and a budget.
 
     model     a network, or a reference to one ("file.py:function")
-    data      inputs: a data set, arrays, Samples, or a reference; labels are used only by reports and "drop=" budgets
-    budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list returns a list of results that share their candidates
+    data      inputs: a data set, an array [N, ...] or (x, y) of them, Samples, or a reference; labels are used only by reports and
+              "drop=" budgets
+    budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list returns a list of results that share their candidates,
+              which prints as a table
     weights   file of a state dict, loaded into a network given by reference
     preprocessing  of images given by reference; recorded for later verbs, with absolute references
     test      labelled data for the report; nothing is chosen on it
     metric    a function of (outputs, labels), higher is better: reported, and used by "drop=" budgets in place of top-1
-    workers   processes that load data
+    workers   number of processes that load data
     device    where to compute; the result is on the CPU
     cache     store the result of every stage, in this folder or (True) in the user's cache directory: a run that was killed, or has another
               budget, reuses finished results, and ends with the same bytes
@@ -134,8 +137,8 @@ def calibrate(
         "network": weights_digest(bench.network),
     }
     results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages))) for one in budgets]
-    settle(entries)
-    return results if several else results[0]
+    report_and_trim(entries)
+    return Results(results) if several else results[0]
 
 
 def prepare_bench(
@@ -181,6 +184,7 @@ def prepare_bench(
     tested = 0 if tests is None else len(tests)
     plan(expected.Calibration.of_network(network, settings, calibration.count(), tested, max(len(budgets), 1), forward).stages())
     float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
+    notes = notes_on_chance(float_test, reference, labels if scored else None, task)
     with clock.stage("ranges"):
         ranged = candidates = cached_candidates(cache, "ranges", network, lambda: range_candidates(network, calibration, settings))
     cache = keyed_by_settings(cache, settings, SOLVING)
@@ -207,7 +211,7 @@ def prepare_bench(
         table = sensitivity_table(network, candidates, calibration, reference, task, settings, cache)
     judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache.keyed(metric and contents_of(metric)), scored)
     return CalibrationState(
-        network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors, float_test
+        network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors, float_test, notes
     )
 
 
@@ -251,7 +255,7 @@ def finish(
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
-    report |= notes_of(provenance, network)
+    report |= notes_of(provenance, network, bench.notes) | _float_held_out(bench.judge)
     if isinstance(apart := bench.judge.task.distance, WeightedErrors):
         with clock.stage("outputs"):
             of_each = apart.of_each(outputs_of(canonical.model, bench.calibration.held_out), bench.judge.reference)
@@ -272,6 +276,13 @@ def finish(
     provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task.name}
     provenance["outputs"] = dict(bench.settings.outputs) or None
     return Result(canonical, report, provenance, bench.candidates, dict(saved))
+
+
+def _float_held_out(judge: Judge) -> dict[str, Any]:
+    """Return the float network's scores on the held-out inputs, beside which those of the schemes are read."""
+    scores = judge.of_outputs(judge.reference)
+    del scores["loss"]
+    return {"float_held_out": scores} if scores else {}
 
 
 def _within_drop(bench: CalibrationState, drop: float, polished: nn.Module) -> bool:

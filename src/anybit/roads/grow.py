@@ -38,7 +38,7 @@ from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.expected import training_stages
-from anybit.roads.inputs import notes_of, training_inputs
+from anybit.roads.inputs import checkpoint_place, notes_of, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.settings import GrowSettings
@@ -80,7 +80,7 @@ def grow_method_name(method: str | None, has_scheme: bool) -> str:
     return method
 
 
-def forgotten(model: nn.Module, batches: Sequence[Batch], seed: int) -> nn.Module:
+def reinitialized(model: nn.Module, batches: Sequence[Batch], seed: int) -> nn.Module:
     """Return a copy with newly initialised parameters and batch-norm statistics from `batches`."""
     fresh = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
@@ -187,8 +187,9 @@ def grow(
     grow_settings = GrowSettings.of(**settings)
     budget, scheme = _parsed_target(budget, scheme)
     method = grow_method_name(grow_settings.method, scheme is not None)
+    place = checkpoint_place(checkpoint)
     clock = StageClock()
-    float_model, samples, tests, about = training_inputs(
+    float_model, samples, tests, provenance = training_inputs(
         model, weights, train, test, metric, preprocessing, workers, device, grow_settings.task, grow_settings.outputs
     )
     ends = ["freeze", "edge ranges", *(["test"] if tests is not None else [])]
@@ -199,7 +200,7 @@ def grow(
         few = few_batches(samples, grow_settings.train)
         check_finite(few)
         share_state(float_model)
-        start = forgotten(float_model, few, grow_settings.train.seed) if grow_settings.from_scratch else float_model
+        start = reinitialized(float_model, few, grow_settings.train.seed) if grow_settings.from_scratch else float_model
         share_state(start)
         network = observe_trainable(start, few[0].head(2), grow_settings, scheme, method)
         if budget is not None:
@@ -213,7 +214,7 @@ def grow(
         float_test = evaluate_model(float_model, tests.batches(256), task, metric)
         watched = watched_batches(tests, grow_settings.train.seed)
     identity = None
-    if checkpoint is not None:
+    if place is not None:
         with clock.stage("contents of the data"):
             chosen = {"budget": str(budget), "scheme": scheme and str(scheme), **grow_settings.to_json()}
             identity = training_identity(float_model, samples, few[0], chosen)
@@ -225,7 +226,7 @@ def grow(
             task,
             float_model if grow_settings.train.distill else None,
             batchnorm.folded_gammas(trainee.model, network.norms),
-            None if checkpoint is None else Path(checkpoint),
+            place,
             identity,
             None if tests is None else lambda: soft_and_frozen(trainee, network, few, watched, task, metric),
         )
@@ -233,7 +234,7 @@ def grow(
         canonical = frozen(trainee, network, few)
     with clock.stage("edge ranges"):
         canonical = finished(canonical, network.wiring, few)
-    report = _report(network, canonical.scheme, budget, epochs, notes_of(about, network), grow_settings, method)
+    report = _report(network, canonical.scheme, budget, epochs, notes_of(provenance, network), grow_settings, method)
     if tests is not None:
         with clock.stage("test"):
             report["float_test"] = float_test
@@ -242,7 +243,7 @@ def grow(
     canonical.fingerprint = fingerprint_of(canonical.model, few[0])
     report["stages"] = clock.stages
     certificate = {**trainee.decisions().get("certificate", {}), "seed": grow_settings.train.seed}
-    about |= {
+    provenance |= {
         "budget": str(budget) if budget else None,
         "task": task.name,
         "certificate": certificate,
@@ -250,7 +251,7 @@ def grow(
     }
     tell("allocation", budget=report["budget"], certificate=certificate, scheme=canonical.scheme)
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
-    return Result(canonical, report | {"certificate": certificate}, about)
+    return Result(canonical, report | {"certificate": certificate}, provenance)
 
 
 def _parsed_target(budget: str | Budget | None, scheme: Scheme | str | Path | None) -> tuple[Budget | None, Scheme | None]:

@@ -1,6 +1,6 @@
 """The inputs of a road: its network, samples and test data, checked before any work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from anybit.data.outputs import OutputReader
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, Task, check_metric
 from anybit.errors import InvalidInput, InvalidSetting, naming
+from anybit.files.whole import check_place
 from anybit.loops.processes import join_processes
 from anybit.networks.coarse import coarse_in_words
 from anybit.networks.copies import checked_copy, copied
@@ -23,10 +24,10 @@ from anybit.progress import tell
 from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
+from anybit.sources.images import common_classes
 from anybit.sources.inputs import compared, first_samples, samples_from, with_class_numbers
 from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
-from anybit.sources.pictures import common_classes
 from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import RANDOM, check_device
 from anybit.supernets.supernet import Supernet
@@ -78,10 +79,10 @@ def notes_on(network: ObservedNetwork) -> list[str]:
     return [note for note in (unread_in_words(network), *coarse_in_words(network.coarse, activation_bits(network))) if note]
 
 
-def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork) -> dict[str, list[str]]:
-    """Return the report's notes on its network, such as random weights; empty if there are none."""
+def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork, more: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return the report's notes on its network, such as random weights, and `more`; empty if there are none."""
     drawn = DRAWN if provenance.get("model", {}).get("weights") == RANDOM else ""
-    notes = [*filter(None, [drawn]), *notes_on(network)]
+    notes = [*filter(None, [drawn]), *notes_on(network), *more]
     return {"notes": notes} if notes else {}
 
 
@@ -137,6 +138,17 @@ def example_of(calibration: Calibration) -> Batch:
         with suppress(RuntimeError):  # if their shapes differ
             return join([example, calibration.fitting[1].head(1)])
     return example
+
+
+def checkpoint_place(checkpoint: str | Path | None) -> Path | None:
+    """Return the file of the checkpoint. Raises InvalidSetting before any work if it cannot be written."""
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    check_place(path, "--checkpoint")
+    if path.is_dir():
+        raise InvalidSetting(f"{path} is a folder. Name a file with --checkpoint.")
+    return path
 
 
 def training_inputs(

@@ -61,7 +61,7 @@ def cached_candidates(recall: Cache, name: str, network: ObservedNetwork, make: 
     rows = {layer: weight_rows(layers[layer], float_weight(layers[layer])) for layer in network.names}
     shapes = {layer: (len(one), one.shape[1]) for layer, one in rows.items()}
     device = str(next(network.prepared.parameters()).device)
-    return recall(name, lambda: Entry(None, to_tensors(make())), lambda kept: from_tensors(kept.tensors, shapes).on(device))
+    return recall(name, lambda: Entry(None, to_tensors(make())), lambda entry: from_tensors(entry.tensors, shapes).on(device))
 
 
 def key_of_supernet(recall: Cache, supernet: Supernet, batches: Sequence[Batch], metric: Metric | None) -> Cache:

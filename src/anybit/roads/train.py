@@ -20,7 +20,7 @@ from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.expected import training_stages
 from anybit.roads.grow import few_batches, watched_batches
-from anybit.roads.inputs import notes_of, on_device, training_inputs
+from anybit.roads.inputs import checkpoint_place, notes_of, on_device, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import test_scores
 from anybit.settings import takes
@@ -58,6 +58,7 @@ def train(
     The result's weights are those of the store: rounded to 8 bits. Raises the errors of `grow`.
     """
     options = SupernetSettings.of(**settings)
+    place = checkpoint_place(checkpoint)
     clock = StageClock()
     float_model, samples, tests, provenance = training_inputs(
         model, weights, data, test, metric, preprocessing, workers, device, options.task, options.outputs
@@ -93,7 +94,7 @@ def train(
         report["float_test"] = evaluate_model(float_model, tests.batches(256), task, metric)
         watched = watched_batches(tests, options.train.seed)
     identity = None
-    if checkpoint is not None:
+    if place is not None:
         with clock.stage("contents of the data"):
             identity = training_identity(float_model, samples, few[0], options.to_json())
     with clock.stage("training"), torch.random.fork_rng(devices=[]):
@@ -104,7 +105,7 @@ def train(
             task,
             float_model if options.train.distill else None,
             batchnorm.folded_gammas(method.model, network.norms),
-            None if checkpoint is None else Path(checkpoint),
+            place,
             identity,
             None if tests is None else lambda: {"widths": width_scores(supernet, bn, watched, metric)},
         )

@@ -1,6 +1,5 @@
 """fingerprint.safetensors: a network's outputs on random inputs, with which a network is compared when the run is loaded."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anybit.errors import InvalidFile, SchemeMismatch
-from anybit.files.strict import in_words, load_tensors, parse_json, read_header, sha256_of
+from anybit.files.strict import in_words, json_text, load_tensors, parse_json, read_header, sha256_of
 from anybit.networks.fingerprint import NUMBERS, OUTPUTS, TOLERANCE, VALUES, Fingerprint, distance, outputs_on
 from anybit.runs.names import FINGERPRINT
 
@@ -21,7 +20,7 @@ def write_fingerprint(folder: Path, fingerprint: Fingerprint | None) -> str | No
         return None
     parts = {"input": fingerprint.inputs, "output": fingerprint.outputs, "float": fingerprint.floats}
     tensors = {f"{part}.{index}": tensor.contiguous() for part, group in parts.items() for index, tensor in enumerate(group)}
-    save_file(tensors, folder / FINGERPRINT, {"structure": json.dumps(fingerprint.structure)})
+    save_file(tensors, folder / FINGERPRINT, {"structure": json_text(fingerprint.structure)})
     return sha256_of(folder / FINGERPRINT)
 
 

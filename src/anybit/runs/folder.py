@@ -7,7 +7,7 @@ from pathlib import Path
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting
 from anybit.files.whole import OLD, check_place, drafts_folder, is_draft
 from anybit.runs.names import CHECKPOINT, DRAFT_OF_CHECKPOINT, REPORT, RUN_FILES, SCHEME, SUPERNET, SUPERNET_JSON
-from anybit.sources.references import near_path
+from anybit.sources.references import did_you_mean_path
 
 FORMAT_VERSION = 1
 
@@ -87,7 +87,7 @@ def runs_in(path: Path) -> list[Path]:
 def check_folder(path: Path) -> None:
     """Raise InvalidFile if `path` is not a folder written by anybit."""
     if not path.exists():
-        raise InvalidFile(f"{path} is not there.{near_path(path)}")
+        raise InvalidFile(f"{path} is not there.{did_you_mean_path(path)}")
     if not path.is_dir():
         raise InvalidFile(f"{path} is a file. Name the folder of a run.")
     if not any((path / name).is_file() for name in (SCHEME, SUPERNET_JSON, REPORT)) and not runs_in(path):

@@ -236,6 +236,7 @@ class Record(Part):
     search: SearchRecord | None = None
     test: Scores | dict[str, Scores] = {}
     float_test: Scores = {}
+    float_held_out: Scores = {}
     inputs: dict[str, int] = {}
     uncovered: dict[str, str] = {}
     notes: list[str] = []
@@ -275,6 +276,10 @@ class Record(Part):
     def final_loss(self) -> float | None:
         """Return the held-out loss after the last kept step."""
         return next((row.loss for row in reversed(self.ladder) if row.kept), None)
+
+    def final_score(self, score: str) -> float | None:
+        """On held-out inputs, after the last step that was kept."""
+        return next((getattr(row, score) for row in reversed(self.ladder) if row.kept), None)
 
     def tested(self, score: str, subnet: str | None = None) -> float | None:
         """Return the score of the run's own network, or of a subnet, on the test data."""

@@ -1,7 +1,6 @@
 """Runs that this user's own anybit wrote, whose model references may be loaded."""
 
 import fcntl
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from anybit.environment import own_folder
 from anybit.errors import InvalidFile
-from anybit.files.strict import read_json, sha256_of
+from anybit.files.strict import json_text, read_json, sha256_of
 from anybit.files.whole import write_whole
 
 
@@ -38,7 +37,7 @@ def trust(folder: Path, file: str = "scheme.json") -> None:
         with _one_at_a_time(listing.with_suffix(".lock")):
             known = _known_runs(listing)
             if digest not in known:
-                write_whole(listing, json.dumps([*known, digest], indent=1).encode())
+                write_whole(listing, json_text([*known, digest], indent=1).encode())
     except (OSError, InvalidFile) as error:
         warnings.warn(
             f"{folder} is not listed as your own run ({error}): name its model when you load it, or repair {listing}.", stacklevel=2

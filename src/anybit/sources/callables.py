@@ -33,8 +33,8 @@ def call_user_function(function: Callable, what: str) -> Any:
     except AnybitError:
         raise
     except (Exception, SystemExit) as error:
-        said = " ".join(str(error).split())
-        raise InvalidSetting(f"{what} failed with {type(error).__name__}: {said}. It is called without arguments.") from error
+        message = " ".join(str(error).split())
+        raise InvalidSetting(f"{what} failed with {type(error).__name__}: {message}. It is called without arguments.") from error
 
 
 def load_callable(reference: str, option: str) -> Callable:
@@ -107,8 +107,8 @@ def _cure(package: str) -> str:
             versions[name] = version(name)
     if package not in ("timm", "torchvision") or len(versions) < 2:
         return f"Reinstall it: run `pip install --force-reinstall {package}`."
-    there = " and ".join(f"{name} {version}" for name, version in versions.items())
+    installed = " and ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"Builds of torch and torchvision must match, but these are {there}: run `pip install --force-reinstall torch torchvision`, with "
-        "the --index-url of your torch if it came from a special index."
+        f"Builds of torch and torchvision must match, but these are {installed}: run `pip install --force-reinstall torch torchvision`, "
+        "with the --index-url of your torch if it came from a special index."
     )

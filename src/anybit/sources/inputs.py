@@ -15,16 +15,16 @@ from anybit.data.batches import Batch, evaluating, predict, tensors_in
 from anybit.data.options import TEXT_SUFFIXES, parse_columns
 from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.reading import elements_of, item_of, length_of
-from anybit.data.samples import NamedArrays, Samples, are_class_numbers
+from anybit.data.samples import NamedArrays, Samples, fractions, have_form_of_classes
 from anybit.data.texts import read_rows
-from anybit.errors import InvalidInput, InvalidSetting, naming
+from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel, naming
 from anybit.networks.copies import copied
 from anybit.progress import tell
 from anybit.sources.arrays import array_of, names_of_inputs, read_samples, samples_of_arrays
 from anybit.sources.callables import call_user_function, import_optional, load_callable
+from anybit.sources.images import ImageFolder
 from anybit.sources.items import is_batch, read_items, rows_of, runs, samples_of_items
 from anybit.sources.models import huggingface, is_transformers
-from anybit.sources.pictures import ImageFolder
 from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import check_data, split_subset
 
@@ -245,16 +245,25 @@ OF_CLASSES = (None, "classification", "token-classification", "segmentation")
 
 @torch.no_grad()
 def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> Samples:
-    """Return the samples with labels as whole numbers, if the first are class numbers stored as floats or in a column."""
-    if not samples.labelled or task not in OF_CLASSES or (samples.reader and samples.reader.task not in OF_CLASSES):
+    """Return the samples with labels as whole numbers, if the first are class numbers stored as floats or in a column.
+
+    Raises UnsupportedModel if the model's outputs on the first samples are NaN or infinite.
+    """
+    batches = list(samples.subset(range(min(FIRST_LABELS, len(samples)))).batches(2))
+    try:
+        with evaluating(model):
+            outputs = predict(copied(model), batches[0])
+    except Exception:  # a model may raise any error on inputs that it rejects; the observing pass reports it
         return samples
-    batch = next(samples.subset(range(min(FIRST_LABELS, len(samples)))).batches(FIRST_LABELS))
-    with evaluating(model):
-        outputs = predict(copied(model), batch)
+    if not torch.isfinite(outputs).all():
+        raise UnsupportedModel("The network's outputs are NaN or infinite on the first inputs. Check the network and the data.")
     outputs = samples.reader.split(outputs)[0] if isinstance(samples.reader, OutputReader) else outputs
-    if batch.labels is None or not are_class_numbers(batch.labels, outputs, task is not None):
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    if not labels or task not in OF_CLASSES or (samples.reader and samples.reader.task not in OF_CLASSES):
         return samples
-    if batch.labels.is_floating_point() and task is None:
+    if not have_form_of_classes(labels[0], outputs) or (task is None and any(fractions(one).any() for one in labels)):
+        return samples
+    if labels[0].is_floating_point() and task is None:
         tell("note", note="labels are whole numbers stored as floats, one for each row of outputs: they are read as class numbers")
     return replace(samples, classes=True)
 

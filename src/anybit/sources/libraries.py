@@ -21,7 +21,7 @@ from anybit.errors import InvalidSetting
 from anybit.files.strict import in_words
 from anybit.progress import tell
 from anybit.sources.callables import import_optional
-from anybit.sources.references import RANDOM, near
+from anybit.sources.references import RANDOM, did_you_mean
 
 PATIENCE = 10.0
 """Seconds that a server may take to respond."""
@@ -47,13 +47,13 @@ def library_model(library: str, name: str, weights: str | None) -> nn.Module:
     reference = f"--model {library}:{name}"
     source = LIBRARIES[library](reference)
     if not source.has(name):
-        raise InvalidSetting(f"{reference}: {library} has no network of this name.{near(name, source.names())}")
+        raise InvalidSetting(f"{reference}: {library} has no network of this name.{did_you_mean(name, source.names())}")
     if weights == RANDOM:
-        return lively(lambda: source.make(name, False), reference)
+        return randomly_initialized(lambda: source.make(name, False), reference)
     if weights is not None:
         return source.make(name, False)
     try:
-        with hurried():
+        with short_timeouts():
             return source.make(name, True)
     except Exception as error:
         raise InvalidSetting(
@@ -88,7 +88,7 @@ LIBRARIES = {"timm": _timm, "torchvision": _torchvision}
 
 
 @torch.no_grad()
-def lively(make: Callable[[], nn.Module], reference: str) -> nn.Module:
+def randomly_initialized(make: Callable[[], nn.Module], reference: str) -> nn.Module:
     """Return a network with random weights from a fixed seed, and report it; constant tensors (norms, zeros, scales of layers) are
     perturbed.
 
@@ -121,7 +121,7 @@ def _is_constant(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def hurried(place: str | None = None) -> Iterator[None]:
+def short_timeouts(place: str | None = None) -> Iterator[None]:
     """Give up after PATIENCE if a server does not respond, and ask none repeatedly; earlier downloads are still used.
 
     No server is asked for a `place` that is a folder.

@@ -79,7 +79,7 @@ def with_model_defaults(preprocessing: Preprocessing, model: nn.Module) -> Prepr
     """Return the preprocessing or, if none was given, the image preprocessing in a Hugging Face model's own files."""
     if preprocessing != Preprocessing(classes=preprocessing.classes) or not is_transformers(model):
         return preprocessing
-    return Preprocessing(**huggingface("models", "the model").picture_settings(model), classes=preprocessing.classes)
+    return Preprocessing(**huggingface("models", "the model").image_settings(model), classes=preprocessing.classes)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -20,16 +20,16 @@ RANDOM = "random"
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")
 
 
-def near(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return a question with the nearest of `names`, after a space; "" if none is similar."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def near_path(path: Path) -> str:
+def did_you_mean_path(path: Path) -> str:
     """Return a question with an existing path that is similar to this one."""
     beside = sorted(one.name for one in path.parent.iterdir()) if path.parent.is_dir() else []
-    question = near(path.name, [name for name in beside if not name.startswith(".")])
+    question = did_you_mean(path.name, [name for name in beside if not name.startswith(".")])
     return question.replace("mean ", f"mean {path.parent}/") if question and path.parent != Path() else question
 
 
@@ -39,7 +39,7 @@ def check_file(path: str | Path) -> None:
     if path.is_dir():
         raise InvalidFile(f"{path} is a folder. Name a file.")
     if not path.is_file():
-        raise InvalidFile(f"{path} is not there.{near_path(path)}")
+        raise InvalidFile(f"{path} is not there.{did_you_mean_path(path)}")
 
 
 def check_weights(path: str | Path) -> None:
@@ -51,14 +51,14 @@ def check_weights(path: str | Path) -> None:
 def check_there(path: str | Path) -> None:
     """Raise InvalidFile if there is no such file or folder."""
     if not Path(path).exists():
-        raise InvalidFile(f"{path} is not there.{near_path(Path(path))}")
+        raise InvalidFile(f"{path} is not there.{did_you_mean_path(Path(path))}")
 
 
 def check_device(device: object) -> None:
     """Raise InvalidSetting for an unknown device name; only PyTorch knows whether this machine has it."""
     kind, separator, index = str(device).partition(":")
     if kind not in DEVICES or (separator and not (index.isascii() and index.isdigit() and len(index) < 4)):
-        raise InvalidSetting(f"{device} is not a device. Write {', '.join(DEVICES[:3])} or cuda:1.{near(kind, DEVICES)}")
+        raise InvalidSetting(f"{device} is not a device. Write {', '.join(DEVICES[:3])} or cuda:1.{did_you_mean(kind, DEVICES)}")
 
 
 def check_package(package: str, reference: str) -> None:
@@ -90,10 +90,10 @@ def check_code(reference: str) -> None:
         raise InvalidSetting(f"{reference!r} cannot be read. Write package.module:function or path/to/file.py:function.")
     if place.endswith(".py"):
         if not Path(place).is_file():
-            raise InvalidSetting(f"{reference}: there is no file {place}.{near_path(Path(place))}")
+            raise InvalidSetting(f"{reference}: there is no file {place}.{did_you_mean_path(Path(place))}")
         names = names_in(Path(place))
         if names and name not in names:
-            raise InvalidSetting(f"{reference}: {place} has no function {name!r}.{near(name, names)}")
+            raise InvalidSetting(f"{reference}: {place} has no function {name!r}.{did_you_mean(name, names)}")
     elif not is_installed(place.partition(".")[0]):
         raise InvalidSetting(f"{reference}: there is no package {place.partition('.')[0]!r}. Is it installed and the name right?")
 
@@ -132,7 +132,7 @@ def check_model(reference: str) -> None:
     if kind in ZOOS and separator:
         check_package(ZOOS[kind], reference)
         if kind == "hf" and re.match(r"[./~]|.*/.*/", name) and not Path(name).is_dir():
-            raise InvalidSetting(f"{reference}: there is no folder {name}.{near_path(Path(name))}")
+            raise InvalidSetting(f"{reference}: there is no folder {name}.{did_you_mean_path(Path(name))}")
     elif separator:
         check_code(reference)
     else:
@@ -178,5 +178,6 @@ def check_data(reference: str) -> None:
     elif not place.is_file() or not path.endswith((".npz", ".npy", *TEXT_SUFFIXES)):
         there = "is no" if place.exists() else "is not there: no"
         raise InvalidInput(
-            f"{path} {there} folder of images, file of arrays (.npz, .npy) or of texts ({', '.join(TEXT_SUFFIXES)}).{near_path(place)}"
+            f"{path} {there} folder of images, file of arrays (.npz, .npy) or of texts ({', '.join(TEXT_SUFFIXES)})."
+            f"{did_you_mean_path(place)}"
         )

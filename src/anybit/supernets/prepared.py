@@ -97,8 +97,8 @@ def uniform(choices: Mapping[str, Sequence[Precision]], bits: int) -> Scheme:
     for name, options in choices.items():
         matching = [p for p in options if p != FLOAT and {p.weight_bits, p.activation_bits} <= {bits, None}]
         if not matching and len(options) > 1:
-            there = ", ".join(str(width) for width in bit_widths(options)[0] or bit_widths(options)[1])
-            raise SchemeMismatch(f"{name} was not trained at {bits} bits. Choose from {there}, or train again with those --bits.")
+            trained = ", ".join(str(width) for width in bit_widths(options)[0] or bit_widths(options)[1])
+            raise SchemeMismatch(f"{name} was not trained at {bits} bits. Choose from {trained}, or train again with those --bits.")
         chosen[name] = (matching or list(options))[0]
     return Scheme(chosen)
 

@@ -30,7 +30,7 @@ class SupernetSettings(Settings):
         panel="Budget",
     )  # fmt: skip
     keep: Mapping[str, Precision] = option(
-        dict, "PATTERN=W8A8 or PATTERN=float: fix the precision of layers by name.", text=KEEP, repeat=True, panel="Budget"
+        dict, "PATTERN=W8A8 or PATTERN=float: fix layers by name.", text=KEEP, repeat=True, panel="Budget"
     )
     task: str | None = option(None, "Task of the network (default: from the model).", choices=TASK_NAMES, panel="Input", rare=True)
     outputs: Mapping[str, float] = option(

@@ -129,8 +129,8 @@ def read_store(folder: Path) -> SupernetFile:
             raise InvalidFile(f"{path}: layer {name}: {error}") from error
         for bits in (layer.weight_bits, layer.activation_bits):
             if len(set(bits)) < len(bits) or (None in bits and len(bits) > 1) or 0 in bits:
-                said = f"has bit-widths {list(bits)}, not distinct ones or float alone"
-                raise InvalidFile(f"{path}: layer {name} {said}. Restore it or train again.")
+                fault = f"has bit-widths {list(bits)}, not distinct ones or float alone"
+                raise InvalidFile(f"{path}: layer {name} {fault}. Restore it or train again.")
     if not tensors.is_file() or sha256_of(tensors) != file.sha256:
         raise InvalidFile(f"{tensors} is missing or not the file that {SUPERNET_JSON} was written with. Restore it or train again.")
     if read_header(tensors)[1].get("supernet") != file.digest():

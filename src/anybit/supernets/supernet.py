@@ -139,11 +139,11 @@ class Supernet:
         self.method.freeze(frozen)
         for name, layer in self.method.layers.items():
             float_weight(frozen.get_submodule(name)).copy_(float_weight(layer))
-        twin = copy.deepcopy(self.network).to(next(self.model.parameters()).device)
+        float_network = copy.deepcopy(self.network).to(next(self.model.parameters()).device)
         state = frozen.state_dict()
-        twin.load_state_dict({key: state[key] for key in twin.state_dict()})
-        batchnorm.reestimate(twin, batches)
-        return twin.eval()
+        float_network.load_state_dict({key: state[key] for key in float_network.state_dict()})
+        batchnorm.reestimate(float_network, batches)
+        return float_network.eval()
 
     def learn(
         self, scheme: Scheme, batches: Sequence[Batch] | None, edge_ranges: Callable[[nn.Module], Mapping[str, tuple[float, float]]]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from anybit.sources.libraries import hurried
+from anybit.sources.libraries import short_timeouts
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def file_of(model: transformers.PreTrainedModel, name: str) -> Path | None:
         return None
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        with hurried(model.name_or_path):
+        with short_timeouts(model.name_or_path):
             path = cached_file(model.name_or_path, name, **options)
     except (OSError, ValueError):
         return None

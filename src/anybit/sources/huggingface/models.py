@@ -13,7 +13,7 @@ from anybit.progress import tell
 from anybit.sources.huggingface.attention import adapted
 from anybit.sources.huggingface.folder import json_of, quiet
 from anybit.sources.huggingface.texts import HEADS
-from anybit.sources.libraries import hurried, lively
+from anybit.sources.libraries import randomly_initialized, short_timeouts
 
 
 def is_transformers(model: Any) -> bool:
@@ -37,7 +37,7 @@ def load(name: str, task: str | None = None, random: bool = False) -> transforme
         raise InvalidSetting(f"There is no folder {name}. Name the network's folder with --model hf:FOLDER.")
     options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     try:
-        with quiet(), hurried(place), torch.random.fork_rng(devices=[]):
+        with quiet(), short_timeouts(place), torch.random.fork_rng(devices=[]):
             config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
             if getattr(config, "quantization_config", None) is not None:
                 raise ValueError("it is already quantized; name the float network. anybit verify loads what anybit exported")
@@ -45,12 +45,16 @@ def load(name: str, task: str | None = None, random: bool = False) -> transforme
             loader = _loader(config, task)
             if random:
                 config.dtype = torch.float32
-                return adapted(cast(transformers.PreTrainedModel, lively(lambda: _of_config(loader, config), f"--model hf:{name}").eval()))
+                return adapted(
+                    cast(
+                        transformers.PreTrainedModel, randomly_initialized(lambda: _of_config(loader, config), f"--model hf:{name}").eval()
+                    )
+                )
             torch.manual_seed(0)
             model, report = loader.from_pretrained(place, config=config, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        said = " ".join(str(error).split())
-        raise InvalidSetting(f"--model hf:{name} cannot be loaded: {said[:300]}") from error
+        message = " ".join(str(error).split())
+        raise InvalidSetting(f"--model hf:{name} cannot be loaded: {message[:300]}{_offline(error)}") from error
     _check_whole(name, model, report["missing_keys"])
     if stored in HALF:
         tell("note", note=f"hf:{name} is stored in {stored}: computed in float32, and stored as such where it is kept float")
@@ -59,6 +63,11 @@ def load(name: str, task: str | None = None, random: bool = False) -> transforme
 
 def _of_config(loader: Any, config: Any) -> transformers.PreTrainedModel:
     return loader.from_config(config) if hasattr(loader, "from_config") else loader(config)
+
+
+def _offline(error: Exception) -> str:
+    """Return the remedy where the hub cannot be reached."""
+    return ". Name a folder that holds the model: hf:FOLDER" if isinstance(error, OSError) and "connect" in str(error) else ""
 
 
 def _check_whole(name: str, model: transformers.PreTrainedModel, drawn: Iterable[str]) -> None:
@@ -84,7 +93,7 @@ def _loader(config: Any, task: str | None) -> Any:
     return named if named is not None else transformers.AutoModel
 
 
-def picture_settings(model: transformers.PreTrainedModel) -> dict[str, Any]:
+def image_settings(model: transformers.PreTrainedModel) -> dict[str, Any]:
     """Return mean, std, size, resize and interpolation of the model's images from its preprocessor_config.json; {} if it has none."""
     config = json_of(model, "preprocessor_config.json")
     settings: dict[str, Any] = {}

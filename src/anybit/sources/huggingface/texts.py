@@ -15,7 +15,7 @@ from anybit.data.samples import Samples
 from anybit.data.texts import Blocks, Encoding, MaskedTexts, Questions, Row, TaggedTexts, Texts, Translations, with_roles
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.sources.huggingface.folder import json_of
-from anybit.sources.libraries import hurried
+from anybit.sources.libraries import short_timeouts
 
 
 @dataclass(frozen=True)
@@ -167,12 +167,12 @@ def _start(model: PreTrainedModel) -> int | None:
 
 def _encoding(model: PreTrainedModel, length: int | None, stride: int | None) -> Encoding:
     try:
-        with hurried(model.name_or_path):
+        with short_timeouts(model.name_or_path):
             tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise InvalidSetting(
-            f"{model.name_or_path or 'The model'} has no tokenizer that can be loaded ({said[:200]}). Put tokenizer.json beside "
+            f"{model.name_or_path or 'The model'} has no tokenizer that can be loaded ({message[:200]}). Put tokenizer.json beside "
             "it, or give tokenized data."
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # an empty tokenizer is created if there are no files
@@ -210,8 +210,8 @@ def _class_number(value: Any, model: PreTrainedModel, where: str) -> int:
             raise ValueError
         return int(float(value))
     except (TypeError, ValueError, OverflowError) as error:
-        said = f"neither a class number nor one of the model's ({', '.join(map(str, names))})"
-        raise InvalidInput(f"{where}: the label {value!r} is {said}. Name another column with --columns label=NAME.") from error
+        message = f"neither a class number nor one of the model's ({', '.join(map(str, names))})"
+        raise InvalidInput(f"{where}: the label {value!r} is {message}. Name another column with --columns label=NAME.") from error
 
 
 def _number(value: Any, model: PreTrainedModel, where: str) -> float:
@@ -274,8 +274,8 @@ def hub_rows(name: str, split: str, columns: Mapping[str, str | int]) -> list[Ro
     try:
         dataset = datasets.load_dataset(*name.split(":"), split=split or "train")
     except Exception as error:  # the library's readers may raise any error
-        said = " ".join(str(error).split())
-        raise InvalidInput(f"--data hf:{name} cannot be loaded: {type(error).__name__}: {said[:300]}") from error
+        message = " ".join(str(error).split())
+        raise InvalidInput(f"--data hf:{name} cannot be loaded: {type(error).__name__}: {message[:300]}") from error
     if len(dataset) == 0:
         raise InvalidInput(f"--data hf:{name} holds no rows.")
     return with_roles([(number, dict(row)) for number, row in enumerate(dataset, 1)], columns, f"hf:{name}")

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from anybit.errors import InvalidInput, InvalidSetting
+from anybit.progress import listening
 from anybit.roads.inputs import follow_model
+from anybit.sources.images import common_classes, read_image
 from anybit.sources.inputs import load_data
-from anybit.sources.pictures import read_image
 from anybit.sources.preprocessing import Preprocessing
 
 Image = pytest.importorskip("PIL.Image")
@@ -92,6 +93,55 @@ def test_non_decimal_digit_is_a_name(tmp_path):
     for name in ("²", "1", "123456789012345678901234567890"):
         save(tmp_path / name / "p.png")
     assert labels_of(tmp_path) == {"1": 0, "123456789012345678901234567890": 1, "²": 2}
+
+
+def notes_of(read):
+    notes = []
+    with listening(events=lambda event, fields: notes.append(str(fields.get("note")))):
+        read()
+    return [note for note in notes if "class folders" in note]
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers"),
+    [
+        (("0", "2", "5"), {"0": 0, "2": 2, "5": 5}),
+        (("00", "01", "10"), {"00": 0, "01": 1, "10": 10}),
+        (("b", "a"), {"a": 0, "b": 1}),
+    ],
+)
+def test_folders_named_by_numbers_mean_these_classes(names, numbers, tmp_path):
+    for name in names:
+        save(tmp_path / name / "p.png")
+    assert labels_of(tmp_path) == numbers and not notes_of(lambda: load_data(str(tmp_path)))
+
+
+@pytest.mark.parametrize("names", [("0", "1", "cat"), ("-1", "0", "1"), ("0", "1", "2.0")])
+def test_numbers_beside_names_are_numbered_in_sorted_order_with_one_note(names, tmp_path):
+    for name in names:
+        save(tmp_path / name / "p.png")
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1))
+    read = []
+    assert len(notes_of(lambda: read.append(labels_of(tmp_path)))) == 1
+    roots = str(tmp_path), str(tmp_path)
+    assert len(notes_of(lambda: labels_of(tmp_path, follow_model(network, None, *roots, Preprocessing(), None)[1]))) == 1
+    assert read[0] == {name: number for number, name in enumerate(sorted(names))}
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 30, str(2**63), str(10**9)])
+def test_rejects_class_number_beyond_any_network(number, tmp_path):
+    for name in ("0", "1", number):
+        save(tmp_path / name / "p.png")
+    for read in (lambda: load_data(str(tmp_path)), lambda: common_classes([str(tmp_path)])):
+        with pytest.raises(InvalidInput, match=f"class folder {number}"):
+            read()
+
+
+def test_rejects_names_in_one_folder_and_numbers_in_the_other(tmp_path):
+    for name in ("train/cat", "train/dog", "test/0", "test/1"):
+        save(tmp_path / name / "p.png")
+    with pytest.raises(InvalidInput, match=r"test are numbers.*train also names \(cat, dog\).*--classes"):
+        common_classes([str(tmp_path / "train"), str(tmp_path / "test")])
 
 
 @pytest.mark.parametrize("names", [("1", "01"), ("a/x", "b/x")], ids=["one number", "one name"])

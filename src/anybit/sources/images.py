@@ -13,10 +13,13 @@ from anybit.errors import InvalidInput, some
 from anybit.files.cache import digest_of_files
 from anybit.files.contents import contents_of
 from anybit.files.strict import in_words
+from anybit.progress import tell
 from anybit.sources.callables import import_optional
 from anybit.sources.preprocessing import Preprocessing
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+DIGITS = 9
+"""Digits of the largest class number."""
 PIXELS = 2**25
 """Limit for an image whose short side is resized: a file of a few bytes can claim a strip that becomes gigabytes."""
 
@@ -27,7 +30,7 @@ class ImageFolder(Dataset):
     def __init__(self, root: Path, preprocessing: Preprocessing):
         import_optional("PIL.Image", "pillow", f"The folder of images {root}")
         self.preprocessing = preprocessing
-        files = _pictures(root)
+        files = _images(root)
         if not files:
             raise InvalidInput(f"Folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
         numbers = class_numbers(_class_folders(root, files), preprocessing.classes, root)
@@ -43,11 +46,11 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int):
         path, label = self.items[index]
-        picture = read_image(path, self.preprocessing)
-        return (picture, label) if self.labelled else picture
+        image = read_image(path, self.preprocessing)
+        return (image, label) if self.labelled else image
 
 
-def _pictures(root: Path) -> list[Path]:
+def _images(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
 
 
@@ -74,16 +77,33 @@ def class_numbers(names: Collection[str], classes: Collection[str] | None, root:
                 "the order of their numbers: --classes A,B,C."
             )
         return known
-    if all(map(_is_number, names)):
+    if _are_numbers(names):
         numbers = {name: int(name) for name in names}
         if len(set(numbers.values())) < len(numbers):
             raise InvalidInput(f"{root} has several class folders with the same number ({some(sorted(names))}). Use each number once.")
         return numbers
+    _tell_of_mixed(names)
     return {name: number for number, name in enumerate(sorted(names))}
 
 
 def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit() and len(name) <= 9
+    return name.isascii() and name.isdigit()
+
+
+def _are_numbers(names: Collection[str]) -> bool:
+    """Return whether folders are named by class numbers. Raises InvalidInput if one of these is beyond any number of classes."""
+    if not all(map(_is_number, names)):
+        return False
+    if large := next((name for name in sorted(names) if len(name.lstrip("0")) > DIGITS), None):
+        raise InvalidInput(f"The class folder {large:.40} names a class number beyond {10**DIGITS - 1}. Name it by its class number.")
+    return True
+
+
+def _tell_of_mixed(names: Collection[str]) -> None:
+    """Print a note if some folders are named by numbers and others are not: the numbers are then part of the names."""
+    if any(map(_is_number, names)):
+        first = ", ".join(f"{name} is {number}" for number, name in list(enumerate(sorted(names)))[:4])
+        tell("note", note=f"some class folders are numbers and some names, so all are numbered in sorted order: {first}. --classes sets it")
 
 
 def common_classes(references: Iterable[Any]) -> tuple[str, ...] | None:
@@ -92,8 +112,18 @@ def common_classes(references: Iterable[Any]) -> tuple[str, ...] | None:
     None if there are none, or if folders are named by their class numbers.
     """
     roots = [Path(reference) for reference in references if isinstance(reference, str) and Path(reference).is_dir()]
-    names = set().union(*(_class_folders(root, _pictures(root)) for root in roots)) if roots else set()
-    return None if all(map(_is_number, names)) else tuple(sorted(names))
+    folders = {root: _class_folders(root, _images(root)) for root in roots}
+    names = set().union(*folders.values())
+    if _are_numbers(names):
+        return None
+    if numbered := [root for root, own in folders.items() if own and all(map(_is_number, own))]:
+        other = next(root for root in roots if root not in numbered)
+        raise InvalidInput(
+            f"The class folders of {numbered[0]} are numbers, and those of {other} also names ({some(sorted(folders[other]))}). Name them "
+            "alike, or name all classes in the order of their numbers: --classes A,B,C."
+        )
+    _tell_of_mixed(names)
+    return tuple(sorted(names))
 
 
 def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
@@ -104,13 +134,13 @@ def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             file = Image.open(path)
-            picture = _as_8_bits(ImageOps.exif_transpose(file), file.format).convert("RGB")
+            image = _as_8_bits(ImageOps.exif_transpose(file), file.format).convert("RGB")
     except InvalidInput as error:
         raise InvalidInput(f"{path} {error}") from error
     except Exception as error:  # broken files also raise SyntaxError and struct.error, and too large ones PIL's own error
         raise InvalidInput(f"{path} cannot be read as an image: {in_words(error)}. Remove or replace it.") from error
-    picture = _resized(picture, preprocessing, path)
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    image = _resized(image, preprocessing, path)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     if preprocessing.mean is not None:
         x = x - torch.tensor(preprocessing.mean)[:, None, None]
     if preprocessing.std is not None:
@@ -118,42 +148,42 @@ def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
     return x.contiguous()
 
 
-def _resized(picture: Any, preprocessing: Preprocessing, path: Path) -> Any:
+def _resized(image: Any, preprocessing: Preprocessing, path: Path) -> Any:
     from PIL import Image
 
     resampling = getattr(Image.Resampling, preprocessing.interpolation.upper())
     if preprocessing.resize:
-        share = preprocessing.resize / min(picture.size)
-        sides = round(picture.width * share), round(picture.height * share)
+        share = preprocessing.resize / min(image.size)
+        sides = round(image.width * share), round(image.height * share)
         if sides[0] * sides[1] > max(PIXELS, preprocessing.resize**2):
             raise InvalidInput(
-                f"{path} is {picture.width} x {picture.height} pixels and would be {sides[0]} x {sides[1]} with a short side of "
+                f"{path} is {image.width} x {image.height} pixels and would be {sides[0]} x {sides[1]} with a short side of "
                 f"{preprocessing.resize}. Crop or remove it, or give --size without --resize."
             )
-        picture = picture.resize(sides, resampling)
+        image = image.resize(sides, resampling)
         if preprocessing.size:
-            left, top = (picture.width - preprocessing.size) // 2, (picture.height - preprocessing.size) // 2
-            picture = picture.crop((left, top, left + preprocessing.size, top + preprocessing.size))
+            left, top = (image.width - preprocessing.size) // 2, (image.height - preprocessing.size) // 2
+            image = image.crop((left, top, left + preprocessing.size, top + preprocessing.size))
     elif preprocessing.size:
-        picture = picture.resize((preprocessing.size, preprocessing.size), resampling)
-    return picture
+        image = image.resize((preprocessing.size, preprocessing.size), resampling)
+    return image
 
 
-def _as_8_bits(picture: Any, file_format: str | None) -> Any:
+def _as_8_bits(image: Any, file_format: str | None) -> Any:
     """Scale an image with one 16-bit or float channel to 8 bits, which Pillow would clip to 0..255. Floats are from 0 to 1."""
     from PIL import Image
 
-    if picture.mode not in ("I", "F") and not picture.mode.startswith("I;"):
-        return picture
-    values = np.asarray(picture)
-    if picture.mode == "F":
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F":
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
             raise InvalidInput(
                 f"holds floats from {values.min():g} to {values.max():g}, but those of an image are from 0 to 1. Scale them, or give "
                 "arrays."
             )
         return Image.fromarray(np.round(values * 255).astype(np.uint8))
-    if picture.mode == "I" and file_format == "TIFF":  # elsewhere, this is how Pillow represents 16 bits
+    if image.mode == "I" and file_format == "TIFF":  # elsewhere, this is how Pillow represents 16 bits
         raise InvalidInput(
             f"holds 32-bit integers from {values.min()} to {values.max()}, whose white level is unknown. Save it with 8 or 16 bits."
         )
