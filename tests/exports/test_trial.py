@@ -82,3 +82,18 @@ def test_products_of_several_named_inputs_are_exported():
     samples = [{"pixels": torch.randn(3, 8, 8), "ids": torch.randint(9, (5,))} for _ in range(2)]
     report = anybit.inspect(Pairs().eval(), samples, cache=False)
     assert "matmul" in report["export"]["integer_layers"], report["export"]
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x, mask):
+        return self.a(x) * (1.0 - mask)[:, None]
+
+
+def test_refusal_names_the_line_that_the_exporter_cannot_translate():
+    """PyTorch 2.13 cannot subtract integers from a float number."""
+    report = anybit.inspect(Masked().eval(), [(torch.randn(4), torch.tensor(1)) for _ in range(2)], cache=False)["export"]
+    assert report["ok"] or "test_trial.py: return self.a(x) * (1.0 - mask)[:, None]." in report["reason"], report
