@@ -69,18 +69,22 @@ def test_export_reuses_the_graph_of_the_trial(tmp_path, monkeypatch):
 class Pairs(nn.Module):
     """Compares each text with each picture, by a product that the forward itself calls."""
 
-    def __init__(self):
+    def __init__(self, with_features=True):
         super().__init__()
+        self.with_features = with_features
         self.words, self.text, self.picture = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Conv2d(3, 8, 3)
 
     def forward(self, ids=None, pixels=None):
-        return self.text(self.words(ids)).mean(1) @ self.picture(pixels).mean((2, 3)).mT
+        texts, pictures = self.text(self.words(ids)).mean(1), self.picture(pixels).mean((2, 3))
+        scores = texts @ pictures.mT
+        return (scores, texts, pictures) if self.with_features else scores
+
+
+PAIRED = [{"pixels": torch.ones(3, 8, 8) * index, "ids": torch.full((5,), index)} for index in range(4)]
 
 
 def test_products_of_several_named_inputs_are_exported():
-    torch.manual_seed(0)
-    samples = [{"pixels": torch.randn(3, 8, 8), "ids": torch.randint(9, (5,))} for _ in range(2)]
-    report = anybit.inspect(Pairs().eval(), samples, cache=False)
+    report = anybit.inspect(Pairs().eval(), PAIRED, cache=False)
     assert "matmul" in report["export"]["integer_layers"], report["export"]
 
 
@@ -97,3 +101,8 @@ def test_refusal_names_the_line_that_the_exporter_cannot_translate():
     """PyTorch 2.13 cannot subtract integers from a float number."""
     report = anybit.inspect(Masked().eval(), [(torch.randn(4), torch.tensor(1)) for _ in range(2)], cache=False)["export"]
     assert report["ok"] or "test_trial.py: return self.a(x) * (1.0 - mask)[:, None]." in report["reason"], report
+
+
+def test_rejects_an_output_of_pairs_of_inputs_alone():
+    with pytest.raises(UnsupportedModel, match=r"shape \[2, 2\] for 2 inputs and \[3, 3\] for 3"):
+        anybit.inspect(Pairs(with_features=False).eval(), PAIRED)

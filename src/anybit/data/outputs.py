@@ -92,6 +92,7 @@ def output_reader(model: nn.Module, batches: Sequence[Batch], chosen: Mapping[st
         for batch in batches:
             passes.append(list(named_tensors(call(model, batch.inputs))))
     if not passes or (len(passes[0]) < 2 and not chosen):
+        _check_pairs([one[0][1] for one in passes if one], [len(batch) for batch in batches])
         return None, {}
     possible, others = {}, {}
     for place, (name, tensor) in enumerate(passes[0]):
@@ -105,6 +106,15 @@ def output_reader(model: nn.Module, batches: Sequence[Batch], chosen: Mapping[st
     if not outputs or (outputs[0].place == 0 and len(outputs) == 1):
         return None, others
     return OutputReader(outputs), {name: "not chosen" for name in possible if name not in {one.name for one in outputs}} | others
+
+
+def _check_pairs(outputs: Sequence[Tensor], counts: Sequence[int]) -> None:
+    """Raise UnsupportedModel if the only output compares every input with every other."""
+    if len(outputs) > 1 and all(output.shape == (count, count) for output, count in zip(outputs, counts, strict=True)):
+        raise UnsupportedModel(
+            f"The network's only output has shape {list(outputs[0].shape)} for {counts[0]} inputs and {list(outputs[1].shape)} for "
+            f"{counts[1]}: a number for each pair of inputs, and no row of each input. Return what is multiplied to compare them, too."
+        )
 
 
 def _shape_of_sample(tensor: Tensor, count: int) -> tuple[int, ...] | None:
