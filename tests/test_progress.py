@@ -106,6 +106,17 @@ def test_every_stage_of_a_training_appears(verb):
     assert {moment.item for moment in heard if moment.stage == "training"} >= {"epoch 1", "epoch 2"}
 
 
+@pytest.mark.parametrize("verb", ["search", "extract"])
+def test_every_stage_of_a_search_and_an_extraction_appears(verb, folders, calibrated):
+    model, inputs, _ = calibrated
+    data = (inputs, model(inputs).argmax(1))
+    options = {"evaluations": 12} if verb == "search" else {"polish": True, "samples": 24, "steps": 2, "test": data}
+    heard = heard_of(lambda: getattr(anybit, verb)(folders["search"], data=data, budget="5bit", model=model, cache=False, **options))
+    begun = [moment for moment in heard if moment.begins]
+    assert [moment.place[0] for moment in begun] == list(range(1, begun[-1].place[1] + 1)) and len(begun) >= 3
+    assert sum(moment.share for moment in begun) == pytest.approx(1) and heard[-1].whole > 0.9
+
+
 def test_what_is_taken_up_is_said(tmp_path):
     def run():
         anybit.calibrate(make(Residual), pictures(24), "6bit", **{**QUICK, "cache": tmp_path / "cache"})

@@ -74,7 +74,7 @@ def row_of(name: str, entry: Entry) -> list[str]:
         for key in ("simulation_db", "file_db")
     ]
     seconds = entry["seconds"]
-    passes = f"{seconds['inspect'] / entry['pass_seconds']:.0f}" if "inspect" in seconds and "pass_seconds" in entry else ""
+    passes = f"{seconds['inspect'] / entry['pass_seconds']:.0f}" if "inspect" in seconds and entry.get("pass_seconds") else ""
     return [f"`{name}`", percent(entry, "covered"), percent(entry.get("W8A8", {}), "integer_macs"), *numbers,
             f"{sum(seconds.values()):.0f}", passes, failure_of(entry)]  # fmt: skip
 

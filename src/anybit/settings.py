@@ -132,16 +132,16 @@ class Option:
         except AnybitError as error:
             raise InvalidSetting(f"{name or self.name}: {error}") from error
         except ValueError as error:
-            raise InvalidSetting(f"{name or self.name} {error}{self._meant(value)}") from error
+            raise InvalidSetting(f"{name or self.name} {error}{self._meant(value, name or self.name)}") from error
 
-    def _meant(self, value: Any) -> str:
-        """Return, as Python writes it, the valid value that a value of another type probably stands for; "" if there is none."""
+    def _meant(self, value: Any, name: str) -> str:
+        """Return the valid value that a value of another type probably stands for, `name` as a flag or a keyword; "" if there is none."""
         for form in self._forms(value):
             try:
                 self._typed(self.kind, form)
             except (AnybitError, ValueError):
                 continue
-            return f" Write {self.name}={form!r}."
+            return f" Write {name} {form}." if name.startswith("--") else f" Write {self.name}={form!r}."
         return ""
 
     def _forms(self, value: Any) -> list[Any]:

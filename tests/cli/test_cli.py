@@ -266,7 +266,7 @@ def test_bad_input_exits_with_status_2_and_one_line(case, here):
         (["evaluate", "--model", "m.py:net", "--data", "labels.npz"], "5 classes"),
         (["allocate", "run", "--output", "second"], "--budget"),
         (["allocate", "run", "--output", "second", "--budget", "5bit", "--device", "abacus"], "--device abacus"),
-        (["allocate", "run", "--output", "second", "--budget", "5bit", "--batch-size", "0"], "batch_size 0"),
+        (["allocate", "run", "--output", "second", "--budget", "5bit", "--batch-size", "0"], "--batch-size 0"),
         (["allocate", "run", "--output", "second", "--budget", "5bit", "--memory", "lots"], "lots"),
         (["allocate", "run", "--output", "second", "--budget", "5bit", "--metric", "m.py:net", "--data", "unlabelled.npz"], "labels"),
         (["inspect", "--model", "m.py:net", "--data", "x.npz", "--threads", "0"], "--threads"),
@@ -377,12 +377,17 @@ EARLY = {
     "inspect --model m.py:net --data y.npz": "--data y.npz",
     "diff run rum": "Did you mean run?",
     "explain rum conv1": "Did you mean run?",
+    "explain run conv2": "did you mean 'conv1'?",
+    "calibrate --model m.py:net --data x.npz --samples 0 --output o": "--samples 0 is outside 2..",
+    "grow --model m.py:net --train x.npz --budget 3bit --method csqq --output o": "Write --method csq.",
+    "train --model m.py:net --train x.npz --bits 2,99 --output o": "--bits 99 is outside 2..8",
+    "bench run --rounds 0": "--rounds 0 is outside",
 }
 
 
 def test_rejects_arguments_without_importing_torch_or_loading_a_network(here):
     Path("run").mkdir()
-    Path("run/scheme.json").touch()
+    Path("run/scheme.json").write_text('{"layers": {"conv1": {}}}')
     code = """
 import sys
 sys.modules["torch"] = None

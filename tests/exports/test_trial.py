@@ -64,3 +64,36 @@ def test_export_reuses_the_graph_of_the_trial(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", None)
     run = anybit.calibrate(model, data, None, **LIGHT).save(tmp_path / "run")
     assert anybit.export(run, tmp_path / "net.onnx", model=model, data=data)["integer_layers"] == 7
+
+
+class Pairs(nn.Module):
+    """Compares each text with each picture, by a product that the forward itself calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.text, self.picture = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Conv2d(3, 8, 3)
+
+    def forward(self, ids=None, pixels=None):
+        return self.text(self.words(ids)).mean(1) @ self.picture(pixels).mean((2, 3)).mT
+
+
+def test_products_of_several_named_inputs_are_exported():
+    torch.manual_seed(0)
+    samples = [{"pixels": torch.randn(3, 8, 8), "ids": torch.randint(9, (5,))} for _ in range(2)]
+    report = anybit.inspect(Pairs().eval(), samples, cache=False)
+    assert "matmul" in report["export"]["integer_layers"], report["export"]
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x, mask):
+        return self.a(x) * (1.0 - mask)[:, None]
+
+
+def test_refusal_names_the_line_that_the_exporter_cannot_translate():
+    """PyTorch 2.13 cannot subtract integers from a float number."""
+    report = anybit.inspect(Masked().eval(), [(torch.randn(4), torch.tensor(1)) for _ in range(2)], cache=False)["export"]
+    assert report["ok"] or "test_trial.py: return self.a(x) * (1.0 - mask)[:, None]." in report["reason"], report

@@ -186,6 +186,13 @@ def sorted_by(page, heading, times=1):
     return table.locator("tbody tr").evaluate_all("(rows, place) => rows.map((row) => row.cells[place].textContent.trim())", place)
 
 
+def test_table_of_runs_fits_a_desktop(opened, plain):
+    tested = plain | {"test": {"top1": 99.6}, "float_test": {"top1": 99.6}}
+    page = opened(pages.runs_page({"2.5bit": tested, "3bit": tested}), viewport={"width": 1280, "height": 800})
+    table = page.get_by_role("region", name="Results of the runs")
+    assert table.evaluate("(one) => one.scrollWidth - one.clientWidth") <= 0
+
+
 @pytest.fixture(scope="module")
 def long(opened, plain):
     """The page of a network of 160 layers, and its report."""

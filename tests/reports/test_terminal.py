@@ -43,6 +43,8 @@ def test_result_line_shows_accuracy_only_if_tested():
     assert result_line(report) == line
     tested = {**report, "test": {"top1": 91.5}, "float_test": {"top1": 92.25}}
     assert result_line(tested) == line + "; test top-1 91.50 (float 92.25)"
+    held_out = {**report, "ladder": [{"kept": True, "top1": 90.5}, {"kept": False, "top1": 1.0}], "float_held_out": {"top1": 91.0}}
+    assert result_line(held_out) == line + "; held-out top-1 90.50 (float 91.00)"
 
 
 def test_inspection_truncates_no_name(capsys):

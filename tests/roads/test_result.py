@@ -58,7 +58,7 @@ def test_result_has_text_and_html_representations(calibrated):
 def test_plot_writes_a_page(calibrated, tmp_path):
     path = calibrated[2].plot().save(tmp_path / "plot.html")
     text = path.read_text(encoding="utf8")
-    assert "loss on held-out inputs" in text and text.count("<figure") >= 1 and "Sensitive layers" not in text
+    assert "loss on held-out inputs" in text and text.count("<figure") >= 1 and "Gain of each step" not in text
 
 
 def test_layers_and_frontier_are_data_frames(calibrated):
@@ -75,6 +75,29 @@ def test_layers_and_frontier_are_data_frames(calibrated):
     )
     predicted = frontier[frontier["scheme"] == ""]
     assert len(predicted) > 1 and predicted["bytes"].is_monotonic_increasing and (predicted["predicted"].diff().dropna() <= 0).all()
+
+
+def test_dominated_schemes_are_marked(calibrated):
+    pytest.importorskip("pandas")
+    frontier = calibrated[2].frontier()
+    assert frontier["dominated"].any() and not frontier["dominated"].all()
+    for _, row in frontier.iterrows():
+        smaller = frontier[frontier["bytes"] <= row["bytes"]]
+        is_beaten = ((smaller["predicted"] < row["predicted"]) & ~(smaller["measured"] >= row["measured"])).any()
+        assert row["dominated"] == is_beaten
+    best = frontier[(frontier["scheme"] == "") & ~frontier["dominated"]]
+    assert len(best) > 1
+
+
+def test_results_of_several_budgets_print_as_a_table(calibrated):
+    model, inputs, _ = calibrated
+    results = anybit.calibrate(
+        model, inputs, ["6bit", "80%"], samples=16, weight_bits=(4, 8), activation_bits=(8,), pipeline="light", solver="none"
+    )
+    lines = repr(results).splitlines()
+    assert isinstance(results, list) and [line.split()[0] for line in lines] == ["6bit", "80%"]
+    assert all(result.summary() in line for result, line in zip(results, lines, strict=True))
+    assert "2 runs side by side" in results._repr_html_()
 
 
 def test_result_without_a_table_has_no_frontier():

@@ -27,14 +27,17 @@ from torch.utils.data import Dataset
 
 import anybit
 from anybit.data.samples import Samples
+from anybit.data.tasks import named_task
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.cost import HEADER_SLACK
 from anybit.networks.layers import scheme_of
+from anybit.progress import listening
 from anybit.roads import memory as memory_checks
 from anybit.roads.allocate import allocate
 from anybit.roads.calibrate import calibrate
 from anybit.roads.polish import polish_scheme
 from anybit.roads.result import save_all
+from anybit.roads.steps import chance_in_words
 from anybit.runs.opened import load
 from anybit.scheme import Precision
 
@@ -300,6 +303,40 @@ def test_allocates_new_budget_from_a_saved_run(run_folder, calibrated, tmp_path)
     assert 3 < again.report["result"]["weight_bits"] <= 6
     assert torch.equal(anybit.load(tmp_path / "second", model=model)(x), result.model(x))
     assert scheme_of(result.model) == result.scheme
+
+
+def test_a_new_budget_is_tested_where_there_is_test_data(tmp_path):
+    model, x = make(Chain), pictures(24)
+    labels = torch.arange(24) % 5
+    run = anybit.calibrate(model, (x, labels), "6bit", **FAST, task="classification").save(tmp_path / "run")
+    tested = anybit.allocate(run, "5bit", data=x, model=model, test=(x, labels))
+    assert tested.report["float_test"]["top1"] == anybit.evaluate(model, (x, labels), task="classification")["top1"]
+    assert tested.report["test"]["top1"] == tested.evaluate((x, labels))["top1"]
+    held_out = anybit.allocate(run, "5bit", data=(x, labels), model=model)
+    assert held_out.scheme == tested.scheme and "test" not in held_out.report
+    assert set(held_out.report["float_held_out"]) == {"top1"} and "; held-out top-1 " in held_out.summary()
+
+
+def test_only_a_network_at_chance_is_at_chance():
+    labels = torch.arange(100) % 5
+    for right, is_noted in ((20, True), (25, True), (60, False), (100, False)):
+        outputs = torch.nn.functional.one_hot(torch.where(torch.arange(100) < right, labels, (labels + 1) % 5), 5).float()
+        assert bool(chance_in_words(outputs, labels, named_task("classification"), "test data")) == is_noted
+        assert not chance_in_words(outputs[:20], labels[:20], named_task("classification"), "test data")  # too few
+    assert not chance_in_words(outputs, torch.zeros(100).long(), named_task("classification"), "test data")  # one class tells nothing
+
+
+@pytest.mark.parametrize("where", ["data", "test"])
+def test_a_float_network_at_chance_is_noted(where):
+    x, notes = pictures(64), []
+    labels = torch.arange(64) % 5
+
+    given = {"data": (x, labels)} if where == "data" else {"data": x, "test": (x, labels)}
+    options = FAST | {"samples": 64, "held_out": 0.5, "task": "classification"}
+    with listening(events=lambda event, fields: notes.extend([fields["note"]] if "note" in fields else [])):
+        report = anybit.calibrate(make(Chain), budget=None, **given, **options).report
+    (note,) = (note for note in report["notes"] if "most frequent class" in note)
+    assert "--weights FILE" in note and note in notes
 
 
 def test_rounding_is_recorded_and_names_its_stages(tmp_path):

@@ -17,6 +17,9 @@ class Panels:
         from typer import rich_utils
 
         command: Any = self
+        for parameter in command.params:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
         examples, command.epilog = command.epilog, None
         rich_utils.rich_format_help(obj=command, ctx=ctx, markup_mode="rich")
         typer.echo(f"{examples}\n")

@@ -88,6 +88,8 @@ class Verb:
         for name, one in self.options.items():
             if one.default is MISSING and name not in values:
                 raise InvalidSetting(f"{one.written} is missing. `anybit {self.function.__name__} --help` lists the options.")
+        for name in values:
+            self.value(name, values)
         named = [name for name in inspect.signature(self.function).parameters if name not in self.groups]
         known = {name: {key: values[key] for key in options_of(kind) if key in values} for name, kind in self.groups.items()}
         groups = {name: kind.of(**known[name]) for name, kind in self.groups.items()}
@@ -99,7 +101,7 @@ class Verb:
     def value(self, name: str, values: Mapping[str, Any]) -> Any:
         """Return an option's checked value, or its default."""
         one = self.options[name]
-        return one.checked(values[name], one.written if name in SHARED else name) if name in values else one.default
+        return one.checked(values[name], one.written) if name in values else one.default
 
 
 def _completion(choices: Collection[str]) -> Callable[[str], list[str]]:

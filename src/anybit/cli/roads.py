@@ -40,7 +40,7 @@ def calibrate(
 def allocate(
     run: Path = argument("A run folder of calibrate.", ready=check_folder),
     *,
-    output, budget, data=None, model=None,
+    output, budget, data=None, test=None, model=None,
     batch_size: int | None = same_as(Amounts, "batch_size"),
     memory: int | None = same_as(Amounts, "memory", text=SIZE),
     cache=True, workers=0, metric=None, device="cpu", overwrite=False,
@@ -52,7 +52,7 @@ def allocate(
     """
     check_free(output, overwrite)
     options = {"metric": load_metric(metric), "device": device, "batch_size": batch_size, "memory": memory, "cache": cache}
-    return _saved([anybit.allocate(run, one, data, model, workers, **options) for one in budget], output, overwrite)
+    return _saved([anybit.allocate(run, one, data, model, workers, test=test, **options) for one in budget], output, overwrite)
 
 
 def grow(

@@ -1,5 +1,6 @@
 """Verbs of finished runs and of the cache: report, diff, explain, cache."""
 
+import json
 from pathlib import Path
 
 import anybit
@@ -7,6 +8,8 @@ from anybit.budget import SIZE
 from anybit.calls import BYTES
 from anybit.cli.work import Outcome
 from anybit.runs.folder import check_folder, check_one
+from anybit.runs.names import SCHEME
+from anybit.scheme import check_names
 from anybit.settings import argument, option
 
 
@@ -50,7 +53,18 @@ def explain(run: Path = argument("A run folder.", ready=check_one), layer: str =
     anybit explain runs/mine layer1.0.conv2
     anybit explain runs/mine layer1.0.conv2 --json
     """
+    _check_layer(run, layer)
     return Outcome(anybit.explain(run, layer), "print_explanation")
+
+
+def _check_layer(run: Path, layer: str) -> None:
+    """Raise SchemeMismatch for a name that is none of the layers, before PyTorch is imported; a damaged file is refused by who reads it."""
+    try:
+        layers = json.loads((run / SCHEME).read_bytes())["layers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if isinstance(layers, dict):
+        check_names([layer], layers, str(run))
 
 
 def cache(

@@ -21,12 +21,12 @@ class TrainSettings(Settings):
         0.05, "Share of the run in which learning rates rise; then they fall to zero along a cosine.",
         least=0, below=1, command_line=False,
     )  # fmt: skip
-    augment: str = option("", "Images: flip, crop4 (shift by up to 4 pixels), flip,crop4, or none.")
+    augment: str = option("", "Images: flip, crop4 (shifts of 4 pixels), flip,crop4 or none.")
     border: str = option(
         "black", "Padding of shifted images: black pixels, or the mean colour (zeros after normalization).",
         choices=("black", "mean"), rare=True,
     )  # fmt: skip
-    distill: float = option(0.0, "Weight of the float outputs in the loss; labels get the rest.", least=0, most=1)
+    distill: float = option(0.0, "Weight of the float outputs in the loss.", least=0, most=1)
     half: bool = option(False, "Compute in bfloat16 where safe.", switch=True, panel="Runtime")
     compile: bool = option(False, "Compile the forward pass.", switch=True, panel="Runtime", rare=True)
 

@@ -5,8 +5,9 @@ called in it. Calls are identified by their order. The layer holds the part that
 the forward passes for it is ignored.
 """
 
+import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -108,9 +109,16 @@ class CallsLayers(nn.Module):
 
     function_calls: tuple[FunctionCall, ...]
 
+
+def _computing_forward(cls: type[nn.Module]) -> Callable[..., Any]:
+    """Return the forward of `cls` under a mode that passes calls to layers, with its own signature, by which exporters name inputs."""
+
+    @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
         with _Computing(self):
-            return super().forward(*args, **kwargs)
+            return cls.forward(self, *args, **kwargs)
+
+    return forward
 
 
 _CALLING: dict[type[nn.Module], type[CallsLayers]] = {}
@@ -121,7 +129,8 @@ def call_layers(module: nn.Module, calls: Sequence[FunctionCall]) -> None:
     cls = type(module)
     if cls not in _CALLING:
         pickled: dict[str, Any] = {"__reduce__": lambda self: (_new, (cls,), self.__dict__)}  # its class is found through the float one
-        _CALLING[cls] = type(cls.__name__, (CallsLayers, cls), {"__module__": __name__, "__qualname__": cls.__qualname__, **pickled})
+        named = {"__module__": __name__, "__qualname__": cls.__qualname__, "forward": _computing_forward(cls)}
+        _CALLING[cls] = type(cls.__name__, (CallsLayers, cls), named | pickled)
     module.__class__ = _CALLING[cls]
     assert isinstance(module, CallsLayers)
     module.function_calls = tuple(calls)

@@ -11,10 +11,12 @@ exporters translate into slow or wrong graphs. Tidying changes no value:
 
 import ast
 import inspect
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,9 @@ NO_EXPORT = {
 
 EXPERTS = "_experts_implementation"
 """Attribute of transformers' configurations that selects the implementation of experts."""
+
+CALL_SITE = re.compile(r'File "([^"]+)", line (\d+), in \w+\n(.+)')
+"""File, line and code of a call in an exporter's traceback."""
 
 INSTEAD = "instead"
 """Key for the same if the operator computes with another weight than the layer's."""
@@ -214,10 +219,17 @@ def _tidy(graph: ir.Model, weights: Mapping[str, np.ndarray], aliases: Mapping[s
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of the innermost cause; the outer ones describe the exporter's stages."""
+    """Return the first line of the innermost cause, as the outer ones are about the exporter's stages, and the line of the network that it
+    is about if the exporter names one."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = str(error)
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__).removesuffix("Tried overloads:")
+    lines = CALL_SITE.findall(text.partition("Original traceback:")[2])
+    if not lines:
+        return reason
+    file, number, code = lines[-1]
+    return f"{reason.strip()} It is about line {number} of {Path(file).name}: {code.strip()}. Write that line differently."
 
 
 def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray], aliases: Mapping[str, str]) -> None:

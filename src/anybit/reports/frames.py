@@ -1,5 +1,6 @@
 """Data frames of a run's layers and of the schemes from which it chose."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from anybit.errors import InvalidSetting, MissingPackage
@@ -29,6 +30,7 @@ def layers_frame(record: Record) -> "pandas.DataFrame":
 def frontier_frame(record: Record) -> "pandas.DataFrame":
     """Return a row for each scheme, by size: the best predicted one of every size (`scheme` is empty), and the measured ones.
 
+    `dominated` marks schemes that another beats: no larger, and of less loss as predicted and (if both were measured) as measured.
     Raises InvalidSetting if the run did not choose among schemes.
     """
     if record.table is None:
@@ -42,14 +44,21 @@ def frontier_frame(record: Record) -> "pandas.DataFrame":
     for row in record.schemes:
         values = {"bytes": row.bytes, "predicted": row.predicted, "scheme": row.name, "weight_bits": row.weight_bits, "bops": row.bops}
         rows.append(values | {"measured": row.measured, **{score: getattr(row, score) for score in scores}, "chosen": row.chosen})
-    columns = ["scheme", "bytes", "weight_bits", "bops", "predicted", "measured", *scores, "chosen"]
+    columns = ["scheme", "bytes", "weight_bits", "bops", "predicted", "measured", *scores, "chosen", "dominated"]
+    for one in rows:
+        one["dominated"] = any(_beats(other, one) for other in rows)
     frame = _frame(rows, columns=columns).sort_values("bytes", ignore_index=True)
     return frame.assign(chosen=frame["chosen"].eq(True), scheme=frame["scheme"].fillna(""))
+
+
+def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    losses = [name for name in ("predicted", "measured") if one.get(name) is not None and other.get(name) is not None]
+    return one["bytes"] <= other["bytes"] and all(one[name] < other[name] for name in losses)
 
 
 def _frame(rows: list[dict[str, Any]], **more: Any) -> "pandas.DataFrame":
     try:
         import pandas
     except ImportError as error:
-        raise MissingPackage("Data frames need pandas, which cannot be imported: run `pip install pandas`.") from error
+        raise MissingPackage("Data frames need pandas, which cannot be imported: run `pip install 'anybit[pandas]'`.") from error
     return pandas.DataFrame(rows, **more)

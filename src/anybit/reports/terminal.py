@@ -59,7 +59,7 @@ def print_report(report: Report) -> None:
         [name, row["precision"], human_count(row["weights"]), f"{100 * row['bytes'] / total:.1f} %"]
         for name, row in report["layers"].items()
     ]
-    print_table("Layers", ["layer", "bits", "weights", "share of size"], layers)
+    print_table("Layers (W4A8: 4-bit weights, 8-bit input)", ["layer", "bits", "weights", "share of size"], layers)
     if report.get("ladder"):
         _print_ladder(report["ladder"])
     if report.get("units"):
@@ -129,11 +129,14 @@ def _marked(name: str, is_chosen: bool) -> str:
 
 
 def result_line(report: Report) -> str:
-    """Write a run in one line: its size and, if tested, its accuracy."""
+    """Write a run in one line: its size and its accuracy on test data, or else on held-out inputs."""
     result, test, float_test = report["result"], report.get("test") or {}, report.get("float_test")
     line = f"{human_bytes(result['bytes'])} ({result['percent']:.1f} % of float32), {result['weight_bits']:.2f} bits per weight"
     if "top1" in test:
         line += f"; test top-1 {test['top1']:.2f}" + (f" (float {float_test['top1']:.2f})" if float_test else "")
+    elif (held_out := [row["top1"] for row in report.get("ladder") or () if row["kept"] and "top1" in row]) and not test:
+        before = report.get("float_held_out", {}).get("top1")
+        line += f"; held-out top-1 {held_out[-1]:.2f}" + (f" (float {before:.2f})" if before is not None else "")
     return line
 
 

@@ -25,13 +25,13 @@ from anybit.progress import plan
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.calibrate import finish
 from anybit.roads.expected import Calibration
-from anybit.roads.inputs import check_metric_has_labels, example_of, labels_fit, on_device
+from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, labels_fit, on_device, read_alike
 from anybit.roads.keys import key_of_run, weights_digest
 from anybit.roads.latencies import with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.result import Result
 from anybit.roads.settings import CalibrateSettings
-from anybit.roads.steps import CalibrationState, batch_norm_targets, edge_candidates
+from anybit.roads.steps import CalibrationState, batch_norm_targets, edge_candidates, float_tested
 from anybit.runs.candidates import read_candidates
 from anybit.runs.fingerprint import check_float
 from anybit.runs.folder import runs_in
@@ -51,6 +51,7 @@ def allocate(
     model: nn.Module | str | None = None,
     workers: int = 0,
     *,
+    test: Any = None,
     metric: Metric | None = None,
     device: str = "cpu",
     batch_size: int | None = None,
@@ -60,8 +61,8 @@ def allocate(
     """Meet a new budget from the candidates and sensitivity table of a finished calibrate run, without new reconstruction.
 
     The best schemes are measured on held-out inputs and batch norm is tuned, on `data` or, for the user's own runs, on the recorded data.
-    `run` is the run folder, or one with several runs; `batch_size` and `memory` (in bytes) default to those of the run; the other arguments
-    are as in `calibrate`.
+    `run` is the run folder, or one with several runs; `test` is labelled data for the report; `batch_size` and `memory` (in bytes) default
+    to those of the run; the other arguments are as in `calibrate`.
 
     Raises InfeasibleBudget if no scheme fits, SchemeMismatch if the model is another, and InvalidFile if the run has no valid candidates.
     """
@@ -85,9 +86,12 @@ def allocate(
     samples = samples_from(recorded_data(folder, file) if data is None else data, workers, recorded, float_model, settings.samples).on(
         device
     )
-    check_metric_has_labels(metric, samples)
+    if test is None:
+        check_metric_has_labels(metric, samples)
     if "outputs" in saved["settings"]:  # else its table only covers the first output
         samples = compared(float_model, samples, settings.outputs, settings.task)
+    tests = None if test is None else checked_tests(samples_from(test, workers, recorded, float_model).on(device), float_model)
+    tests = read_alike(tests, samples, float_model, settings.task)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
         if settings.mirror:
@@ -111,10 +115,12 @@ def allocate(
     scored = labels is not None and labels_fit(reference, labels, task, needed=metric is None and Budget.parse(budget).loss() is DROP)
     judge = Judge(network, candidates, calibration.held_out, reference, task, metric, entries, scored)
     light = replace(settings, sequential=False, bias_tuning=False)
-    plan(Calibration.of_network(network, light, calibration.count(), 0, 1, forward).of_allocation())
-    if metric is not None:
+    tested = 0 if tests is None else len(tests)
+    plan(Calibration.of_network(network, light, calibration.count(), tested, 1, forward).of_allocation())
+    if metric is not None and labels is not None:
         judge.of_outputs(reference)  # a failing metric raises before the work
-    bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets)
+    float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
+    bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets, float_test=float_test)
     provenance = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
     if data is not None:
         provenance["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}

@@ -54,7 +54,7 @@ from anybit.roads.keys import (
 from anybit.roads.latencies import measured_latencies, with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.polish import polish_scheme
-from anybit.roads.result import Result, layer_costs, test_scores
+from anybit.roads.result import Result, Results, layer_costs, test_scores
 from anybit.roads.settings import CalibrateSettings
 from anybit.roads.steps import (
     CalibrationState,
@@ -63,6 +63,7 @@ from anybit.roads.steps import (
     finite_samples,
     float_tested,
     matched_candidates,
+    notes_on_chance,
     range_candidates,
     reconstructed_candidates,
     sensitivity_table,
@@ -97,7 +98,8 @@ def calibrate(
     model     a network, or a reference to one ("file.py:function")
     data      inputs: a data set, an array [N, ...] or (x, y) of them, Samples, or a reference; labels are used only by reports and
               "drop=" budgets
-    budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list returns a list of results that share their candidates
+    budget    "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ...; a list returns a list of results that share their candidates,
+              which prints as a table
     weights   file of a state dict, loaded into a network given by reference
     preprocessing  of images given by reference; recorded for later verbs, with absolute references
     test      labelled data for the report; nothing is chosen on it
@@ -138,7 +140,7 @@ def calibrate(
     }
     results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages))) for one in budgets]
     report_and_trim(entries)
-    return results if several else results[0]
+    return Results(results) if several else results[0]
 
 
 def prepare_bench(
@@ -184,6 +186,7 @@ def prepare_bench(
     tested = 0 if tests is None else len(tests)
     plan(expected.Calibration.of_network(network, settings, calibration.count(), tested, max(len(budgets), 1), forward).stages())
     float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
+    notes = notes_on_chance(float_test, reference, labels if scored else None, task)
     with clock.stage("ranges"):
         ranged = candidates = cached_candidates(cache, "ranges", network, lambda: range_candidates(network, calibration, settings))
     cache = keyed_by_settings(cache, settings, SOLVING)
@@ -210,7 +213,7 @@ def prepare_bench(
         table = sensitivity_table(network, candidates, calibration, reference, task, settings, cache)
     judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache.keyed(metric and contents_of(metric)), scored)
     return CalibrationState(
-        network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors, float_test
+        network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors, float_test, notes
     )
 
 
@@ -254,7 +257,7 @@ def finish(
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
-    report |= notes_of(provenance, network) | _float_held_out(bench.judge)
+    report |= notes_of(provenance, network, bench.notes) | _float_held_out(bench.judge)
     if isinstance(apart := bench.judge.task.distance, WeightedErrors):
         with clock.stage("outputs"):
             of_each = apart.of_each(outputs_of(canonical.model, bench.calibration.held_out), bench.judge.reference)

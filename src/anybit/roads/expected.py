@@ -86,8 +86,14 @@ class Calibration:
         return stages + self._of_a_budget(rounding, train) * self.budgets
 
     def of_allocation(self) -> Stages:
-        """Return the stages of another budget from stored candidates."""
-        return [("observe and fold", OBSERVED), *self._of_a_budget(rounding_named(self.settings.rounding).__name__, 0.0)]
+        """Return the stages of another budget from finished candidates."""
+        tests = [("float test", self.passes(self.tests))] if self.tests else []
+        return [("observe and fold", OBSERVED), *tests, *self._of_a_budget(rounding_named(self.settings.rounding).__name__, 0.0)]
+
+    def of_polish(self) -> Stages:
+        """Return the stages of polishing alone."""
+        rounding, train = rounding_named(self.settings.rounding).__name__, TRAINING * self.forward * self.settings.step_batch
+        return [stage for stage in self._of_a_budget(rounding, train) if stage[0] not in ("allocation", "test")]
 
     def _of_a_budget(self, rounding: str, train: float) -> Stages:
         settings, tried = self.settings, 2 * self.settings.alternatives
@@ -112,3 +118,16 @@ def training_stages(samples: int, epochs: int, tests: int, last: Sequence[str]) 
     """Return the stages of a training in proportion: an update takes three passes, each of the `last` stages one over the data."""
     ends = [(name, float(tests or samples if name == "test" else samples)) for name in last]
     return [("observe and fold", samples / 10), ("training", epochs * (3.0 * samples + tests)), *ends]
+
+
+def search_stages(evaluations: int, front: int, statistics: tuple[int, int], images: int) -> Stages:
+    """Return the stages of a search in proportion. An evaluation estimates batch norm on the first of `statistics` samples and passes over
+    `images`; each subnet of the `front` does so on the second, and its statistics are stored."""
+    few, whole = statistics
+    seconds = {"evaluations": evaluations * (few + images), "front": front * (whole + images), "statistics": front * whole}
+    return [(name, GUESS * count) for name, count in seconds.items()]
+
+
+def extract_stages(samples: int, tests: int, polish: Stages) -> Stages:
+    """Return the stages of an extraction in proportion: batch norm estimated on `samples`, `polish`, the test."""
+    return [("extract", GUESS * samples), *polish, *([("test", GUESS * tests)] if tests else [])]

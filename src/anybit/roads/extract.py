@@ -30,8 +30,9 @@ from anybit.networks.layers import quantized_layers
 from anybit.networks.observed import observe_network
 from anybit.networks.wiring import observe
 from anybit.numerics.quantizers import UniformQuantizer
-from anybit.progress import tell
+from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
+from anybit.roads.expected import Calibration, extract_stages
 from anybit.roads.inputs import checked_tests, read_alike, supernet_data
 from anybit.roads.keys import key_of_run
 from anybit.roads.latencies import measured_latencies, supernet_with_latencies
@@ -147,6 +148,10 @@ def extract(
     chosen = best_within(run, supernet, limits) if limits is not None else _scheme_from(scheme)
     check_whole(chosen, supernet.choices)
     supernet.model.cpu()
+    drawn = 1 if samples is None else min(len(samples), supernet.settings.bn_images)
+    tested = drawn if test is not None else 0
+    polishing = Calibration.of_model(supernet.model, options, options.samples, tested, 1).of_polish() if polish else []
+    plan(extract_stages(drawn, tested, polishing), measured=False)
     with clock.stage("extract"):
         fitting = None if samples is None else held_out_split(samples, supernet.settings)[0]
         batches = None if fitting is None else bn_batches(fitting, supernet.settings)

@@ -1,6 +1,6 @@
 """The inputs of a road: its network, samples and test data, checked before any work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -79,10 +79,10 @@ def notes_on(network: ObservedNetwork) -> list[str]:
     return [note for note in (unread_in_words(network), *coarse_in_words(network.coarse, activation_bits(network))) if note]
 
 
-def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork) -> dict[str, list[str]]:
-    """Return the report's notes on its network, such as random weights; empty if there are none."""
+def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork, more: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return the report's notes on its network, such as random weights, and `more`; empty if there are none."""
     drawn = DRAWN if provenance.get("model", {}).get("weights") == RANDOM else ""
-    notes = [*filter(None, [drawn]), *notes_on(network)]
+    notes = [*filter(None, [drawn]), *notes_on(network), *more]
     return {"notes": notes} if notes else {}
 
 

@@ -117,6 +117,18 @@ class Result:
             write_candidates(folder, self.candidates, self.table)
 
 
+class Results(list[Result]):
+    """The results of several budgets: a list that prints as a table, and shows itself in a notebook as the runs side by side."""
+
+    def __repr__(self) -> str:
+        rows = [(str(result.report["budget"] or "largest"), result.summary()) for result in self]
+        width = max((len(budget) for budget, _ in rows), default=0)
+        return "\n".join(f"{budget:<{width}}  {summary}" for budget, summary in rows)
+
+    def _repr_html_(self) -> str:
+        return Page(runs_page({str(result.report["budget"] or "largest"): result.report for result in self}))._repr_html_()
+
+
 def test_scores(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the scores on test data."""
     return {key: report[key] for key in ("test", "float_test") if key in report}

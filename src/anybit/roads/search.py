@@ -24,9 +24,10 @@ from anybit.methods.settings import SearchSettings
 from anybit.methods.subnet_search import Evaluated, SearchResult, hypervolume, pareto_front, search_subnets, total_cost
 from anybit.networks.edges import observe_edge_ranges
 from anybit.networks.wiring import observe
-from anybit.progress import tell, track
+from anybit.progress import plan, tell, track
 from anybit.reports.bars import shown_in_notebooks
 from anybit.reports.page import run_page
+from anybit.roads.expected import search_stages
 from anybit.roads.inputs import on_device, supernet_data
 from anybit.roads.keys import key_of_supernet
 from anybit.roads.latencies import supernet_with_latencies
@@ -113,6 +114,10 @@ class Search:
         return Path(folder)
 
 
+FRONT = 10
+"""Subnets of a front, as expected for the progress."""
+
+
 def run_search(
     supernet: Supernet,
     samples: Samples,
@@ -143,6 +148,8 @@ def run_search(
 
         return cache.keyed(*where, images).value(f"score of {scheme}", measure, float)
 
+    statistics = sum(map(len, few)), sum(map(len, bn))
+    plan(search_stages(settings.evaluations, FRONT, statistics, images), measured=False)
     progress = iter(track(range(settings.evaluations), "evaluations"))
 
     def evaluate(scheme: Scheme) -> float:
@@ -162,7 +169,8 @@ def run_search(
     next(progress, None)
     front = pareto_front(result.evaluated)
     shown = dict.fromkeys(one.scheme for one in [*front, *result.evaluated[: len(uniform_ones)]])
-    again = {scheme: score(scheme, measure_on, bn, ("measure", supernet.settings.bn_images)) for scheme in shown}
+    where = ("measure", supernet.settings.bn_images)
+    again = {scheme: score(scheme, measure_on, bn, where) for scheme in track(shown, "front")}
     chosen = {}
     for budget in budgets:
         fit = [one for one in result.evaluated if fits_budget(supernet.costs, one.scheme, budget)]
@@ -173,7 +181,7 @@ def run_search(
     def edge_ranges(model: nn.Module) -> Mapping[str, tuple[float, float]]:
         return observe_edge_ranges(model, observe(model, first), edge_batches)
 
-    for scheme in dict.fromkeys([*chosen.values(), *(one.scheme for one in front)]):
+    for scheme in track(dict.fromkeys([*chosen.values(), *(one.scheme for one in front)]), "statistics"):
         if all(known.scheme != scheme for known in supernet.known):
             cached_statistics(cache, supernet, scheme, partial(supernet.learn, scheme, bn, edge_ranges))
     report: dict[str, Any] = {

@@ -146,7 +146,7 @@ class GrowSettings(Settings):
         8, "Bits of every layer's input, 2..8, or `float` (in Python None).", least=2, most=8, text=ONE_WIDTH, panel="Budget"
     )
     keep: Mapping[str, Precision] = same_as(CalibrateSettings, "keep")
-    method: str | None = option(None, "csq and msq grow a scheme, lsq trains one (default: csq or lsq).", choices=tuple(GROW_METHODS))
+    method: str | None = option(None, "csq, msq: grow a scheme; lsq: train one (default: csq, lsq).", choices=tuple(GROW_METHODS))
     from_scratch: bool = option(False, "Start from new weights; use with --fix 0.6 --gate-rate 0.03.", switch=True, rare=True)
     task: str | None = same_as(CalibrateSettings, "task", rare=True)
     outputs: Mapping[str, float] = same_as(CalibrateSettings, "outputs", rare=True)

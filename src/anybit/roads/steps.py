@@ -1,5 +1,6 @@
 """Steps of calibrate, each a function of (network, data, settings) that changes none of its arguments."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -35,7 +36,7 @@ from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight, quantized_layers, weight_rows
 from anybit.networks.observed import ObservedNetwork
 from anybit.networks.states import restore
-from anybit.progress import track
+from anybit.progress import tell, track
 from anybit.roads.memory import OBSERVED, memory_to_capture, samples_at_once
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
@@ -205,6 +206,10 @@ def sensitivity_table(
     )  # fmt: skip
 
 
+KNOWN = 30
+"""Least labelled samples on which an accuracy is compared with chance."""
+
+
 @dataclass(frozen=True)
 class FloatTest:
     """Labelled test data, with the float network's outputs and scores on it."""
@@ -212,6 +217,7 @@ class FloatTest:
     samples: Samples
     outputs: Tensor
     scores: Mapping[str, Any]
+    note: str = ""
 
 
 def float_tested(
@@ -221,7 +227,31 @@ def float_tested(
     with clock.stage("float test"):
         on_tests = LabelledOutputs.of(network.float_model, tests.batches(batch_size))
         restore(network.float_model, network.moving)
-        return FloatTest(tests, on_tests.outputs, on_tests.scores(task, metric))
+        note = chance_in_words(on_tests.outputs, on_tests.labels, task, "test data")
+        return FloatTest(tests, on_tests.outputs, on_tests.scores(task, metric), note)
+
+
+def chance_in_words(outputs: Tensor, labels: Tensor, task: Task, where: str) -> str:
+    """Write a note on a network that classifies no better than by always naming the most frequent class; empty where it does, or where
+    the samples are too few to know. Weights that were not loaded show by this."""
+    if task.counted != "top1" or labels.dim() != 1 or outputs.dim() != 2 or len(labels) < KNOWN:
+        return ""
+    right = float((outputs.argmax(1).cpu() == labels.cpu()).double().mean())
+    frequent = float(labels.unique(return_counts=True)[1].max()) / len(labels)
+    if frequent == 1 or right > frequent + 2 * math.sqrt(frequent * (1 - frequent) / len(labels)):
+        return ""
+    return (
+        f"the float network's top-1 accuracy on the {where} is {100 * right:.1f} %, no better than always naming the most frequent class "
+        f"({100 * frequent:.1f} %): its weights may not be loaded (--weights FILE), or the labels numbered otherwise than its outputs"
+    )
+
+
+def notes_on_chance(float_test: FloatTest | None, outputs: Tensor, labels: Tensor | None, task: Task) -> list[str]:
+    """Print and return the note on a float network that is at chance on the test data, or else on held-out inputs with `labels`."""
+    note = float_test.note if float_test else "" if labels is None else chance_in_words(outputs, labels, task, "held-out inputs")
+    if note:
+        tell("note", note=note)
+    return [note] if note else []
 
 
 def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
@@ -251,6 +281,7 @@ class CalibrationState:
     targets        target statistics of each folded layer's outputs
     references     the float network's outputs, one tensor per fitting batch
     errors         parallel reconstruction's errors, by layer and bits
+    notes          on the float network, for the report
     float_test     the float network on the test data, or None
     """
 
@@ -266,3 +297,4 @@ class CalibrationState:
     matched: Candidates | None = None
     errors: Mapping[str, Any] = field(default_factory=dict)
     float_test: FloatTest | None = None
+    notes: Sequence[str] = ()

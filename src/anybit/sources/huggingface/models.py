@@ -54,7 +54,7 @@ def load(name: str, task: str | None = None, random: bool = False) -> transforme
             model, report = loader.from_pretrained(place, config=config, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         message = " ".join(str(error).split())
-        raise InvalidSetting(f"--model hf:{name} cannot be loaded: {message[:300]}") from error
+        raise InvalidSetting(f"--model hf:{name} cannot be loaded: {message[:300]}{_offline(error)}") from error
     _check_whole(name, model, report["missing_keys"])
     if stored in HALF:
         tell("note", note=f"hf:{name} is stored in {stored}: computed in float32, and stored as such where it is kept float")
@@ -63,6 +63,11 @@ def load(name: str, task: str | None = None, random: bool = False) -> transforme
 
 def _of_config(loader: Any, config: Any) -> transformers.PreTrainedModel:
     return loader.from_config(config) if hasattr(loader, "from_config") else loader(config)
+
+
+def _offline(error: Exception) -> str:
+    """Return the remedy where the hub cannot be reached."""
+    return ". Name a folder that holds the model: hf:FOLDER" if isinstance(error, OSError) and "connect" in str(error) else ""
 
 
 def _check_whole(name: str, model: transformers.PreTrainedModel, drawn: Iterable[str]) -> None:
