@@ -151,6 +151,8 @@ class Option:
             return [dict.fromkeys(value, "W8A8"), dict.fromkeys(value, 1.0)]
         if kind is Mapping and isinstance(value, str):
             return [{value: 1.0}]
+        if isinstance(value, float) and value.is_integer() and abs(value) < INTEGERS:
+            return [int(value)]
         if kind is tuple and isinstance(value, (int, str)) and not isinstance(value, bool):
             return [(value,)]
         if isinstance(value, str) and self.choices:
@@ -196,11 +198,15 @@ class Option:
     def _key(self, kind: Any, key: Any) -> Any:
         if kind is int and isinstance(key, str) and key.isascii() and key.isdigit():  # JSON's keys are strings
             return int(key)
+        if kind is str and isinstance(key, int) and not isinstance(key, bool):  # outputs by their numbers
+            return str(key)
         if not isinstance(key, kind):
             raise ValueError(self._refusal(key))
         return key
 
     def _refusal(self, value: Any) -> str:
+        if _number(self.kind) is int and isinstance(value, Real) and not isinstance(value, Integral) and math.isfinite(value):
+            return f"{_shown(value)} must be {_noun(self.kind)}{self.range and ', '}{self.range}{self.why and ': '}{self.why}."
         demand = (
             f"is outside {self.range}"
             if ".." in self.range and not isinstance(value, str)

@@ -79,4 +79,4 @@ def test_network_is_refused_from_python_before_any_output():
             return super().forward(x) * float("nan")
 
     with pytest.raises(UnsupportedModel, match="NaN or infinite on the first inputs"):
-        anybit.inspect(nn.Sequential(nn.Linear(4, 4), Nothing(4, 2)), torch.randn(4, 4))
+        anybit.evaluate(nn.Sequential(nn.Linear(4, 4), Nothing(4, 2)), (torch.randn(4, 4), torch.zeros(4, dtype=torch.int64)))

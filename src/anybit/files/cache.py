@@ -150,6 +150,8 @@ def open_cache(cache: str | Path | bool) -> Cache:
     """Return the cache in this folder, in the user's cache directory (True), or one that stores nothing (False)."""
     if isinstance(cache, bool):
         return Cache(results_folder() if cache else None)
+    if not isinstance(cache, (str, os.PathLike)):
+        raise InvalidSetting(f"cache={cache!r:.60} is not a folder. Give one, True for the user's cache, or False for none.")
     return Cache(Path(cache))
 
 

@@ -66,6 +66,8 @@ def allocate(
 
     Raises InfeasibleBudget if no scheme fits, SchemeMismatch if the model is another, and InvalidFile if the run has no valid candidates.
     """
+    if not isinstance(run, (str, Path)):
+        raise InvalidSetting(f"allocate reads a run folder, not a {type(run).__name__}. Save the result first: result.save('run').")
     folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them works
     file = read_scheme(folder)
     float_model = float_model_of(folder, file, model)

@@ -16,7 +16,7 @@ from anybit.data.samples import Calibration, Samples, draw, mirrored, split
 from anybit.data.tasks import LabelledOutputs, Metric, WeightedErrors, labels_in, measure, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
-from anybit.errors import UnsupportedModel
+from anybit.errors import InvalidSetting, UnsupportedModel
 from anybit.files.cache import Cache, open_cache, report_and_trim
 from anybit.files.contents import contents_of
 from anybit.methods.table import rounding_named
@@ -114,6 +114,8 @@ def calibrate(
     options = CalibrateSettings.of(**settings)
     several = isinstance(budget, Sequence) and not isinstance(budget, str)
     asked = list(budget) if isinstance(budget, Sequence) and not isinstance(budget, str) else [budget]
+    if not asked:
+        raise InvalidSetting("budget is an empty list. Give budgets, such as ['4bit', '3bit'], or none to keep 8 bits where possible.")
     budgets = [None] if budget is None else list(parse_budgets(one for one in asked if one is not None))
     model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, options.task)
     samples = draw(samples_from(data, workers, preprocessing, model, options.samples), options.samples, options.seed).on(device)

@@ -16,7 +16,7 @@ from anybit.roads.inputs import check_inputs, on_device
 from anybit.runs.names import SCHEME
 from anybit.runs.opened import Run, load, recorded_preprocessing, recorded_task
 from anybit.runs.scheme_file import read_scheme
-from anybit.sources.inputs import compared, samples_from
+from anybit.sources.inputs import check_outputs, compared, first_samples, samples_from
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing, overridden
 
@@ -52,6 +52,7 @@ def evaluate(
     network = on_device(model, device, samples)
     check_inputs(network, samples)
     samples = compared(network, samples, outputs or recorded, task)
+    check_outputs(network, first_samples(samples.on(device)).to(device))
     scores = evaluate_model(network, samples.on(device).batches(batch_size), task, metric)
     tell("result", **scores)
     return scores

@@ -45,6 +45,7 @@ from anybit.roads.settings import GrowSettings
 from anybit.runs.scheme_file import read_scheme
 from anybit.scheme import Precision, Scheme, match_patterns
 from anybit.settings import takes
+from anybit.sources.inputs import check_outputs
 from anybit.sources.preprocessing import Preprocessing
 
 FEW = 2048
@@ -206,6 +207,7 @@ def grow(
         if budget is not None:
             grow_method_named(method).check_budget(budget, network)
             check_feasible(network, budget)
+        check_outputs(float_model, few[0])
         outputs, on_labels = outputs_of(float_model, few[:1]), labelled_outputs(float_model, few[0])
         task = task_of(outputs, few[0].reader, grow_settings.task, on_labels, float_model)
         trainee = make_trainee(network, few, budget, grow_settings, method)

@@ -18,7 +18,7 @@ from anybit.networks.refusals import check_network
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision
 from anybit.settings import takes
-from anybit.sources.inputs import compared, first_samples, samples_from
+from anybit.sources.inputs import check_outputs, compared, first_samples, samples_from
 from anybit.sources.models import adapted_network
 
 
@@ -41,6 +41,7 @@ def inspect(model: nn.Module, data: Any = None, *, export: bool = True, cache: s
     else:
         copied, batch = _observable(model, data, chosen.outputs)
         network = observe_network(copied, batch, options)
+        check_outputs(copied, batch)
         trial = try_export(network, batch, cache) if export else {"ok": None, "reason": "it was not tried"}
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
     layers = {

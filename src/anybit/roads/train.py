@@ -24,6 +24,7 @@ from anybit.roads.inputs import checkpoint_place, notes_of, on_device, training_
 from anybit.roads.keys import training_identity
 from anybit.roads.result import test_scores
 from anybit.settings import takes
+from anybit.sources.inputs import check_outputs
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.prepared import bn_batches, held_out_split, make_multiquant, observe_supernet, to_store
 from anybit.supernets.settings import SupernetSettings
@@ -73,6 +74,7 @@ def train(
         check_finite(few)
         share_state(float_model)
         network = observe_supernet(float_model, few[0].head(2), options)
+        check_outputs(float_model, few[0])
         outputs = outputs_of(float_model, few[:1])
         task = task_of(outputs, few[0].reader, options.task, labelled_outputs(float_model, few[0]), float_model)
         method = make_multiquant(network, few, options, task.classes(outputs))

@@ -32,6 +32,8 @@ def read_samples(path: Path, subset: str, preprocessing: Preprocessing, workers:
                 names = list(stored)
                 arrays = {name: stored[key] for name, key in _keys(names, subset, taken).items()}
     except Exception as error:
+        if "allow_pickle" in str(error):  # numpy's advice would run code
+            raise InvalidFile(f"{path} cannot be read as arrays: it holds Python objects, not numbers. Save arrays of numbers.") from error
         raise InvalidFile(f"{path} cannot be read as arrays: {in_words(error)}") from error
     y = next((arrays.pop(name) for name in LABELS if name in arrays), None)
     if not arrays:

@@ -19,6 +19,7 @@ from anybit.data.samples import NamedArrays, Samples, fractions, have_form_of_cl
 from anybit.data.texts import read_rows
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel, naming
 from anybit.networks.copies import copied
+from anybit.networks.states import check_finite_weights
 from anybit.progress import tell
 from anybit.sources.arrays import array_of, names_of_inputs, read_samples, samples_of_arrays
 from anybit.sources.callables import call_user_function, import_optional, load_callable
@@ -245,18 +246,15 @@ OF_CLASSES = (None, "classification", "token-classification", "segmentation")
 
 @torch.no_grad()
 def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> Samples:
-    """Return the samples with labels as whole numbers, if the first are class numbers stored as floats or in a column.
-
-    Raises UnsupportedModel if the model's outputs on the first samples are NaN or infinite.
-    """
+    """Return the samples with labels as whole numbers, if the first are class numbers stored as floats or in a column."""
+    if not samples.labelled:
+        return samples
     batches = list(samples.subset(range(min(FIRST_LABELS, len(samples)))).batches(2))
     try:
         with evaluating(model):
             outputs = predict(copied(model), batches[0])
     except Exception:  # a model may raise any error on inputs that it rejects; the observing pass reports it
         return samples
-    if not torch.isfinite(outputs).all():
-        raise UnsupportedModel("The network's outputs are NaN or infinite on the first inputs. Check the network and the data.")
     outputs = samples.reader.split(outputs)[0] if isinstance(samples.reader, OutputReader) else outputs
     labels = [batch.labels for batch in batches if batch.labels is not None]
     if not labels or task not in OF_CLASSES or (samples.reader and samples.reader.task not in OF_CLASSES):
@@ -266,6 +264,16 @@ def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> 
     if labels[0].is_floating_point() and task is None:
         tell("note", note="labels are whole numbers stored as floats, one for each row of outputs: they are read as class numbers")
     return replace(samples, classes=True)
+
+
+@torch.no_grad()
+def check_outputs(model: nn.Module, batch: Batch) -> None:
+    """Raise UnsupportedModel if the model's outputs are NaN or infinite, naming the weight if one is."""
+    with evaluating(model):
+        outputs = predict(copied(model), batch)
+    if not torch.isfinite(outputs).all():
+        check_finite_weights(model)
+        raise UnsupportedModel("The network's outputs are NaN or infinite on the first inputs. Check the network and the data.")
 
 
 def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float], task: str | None = None) -> Samples:

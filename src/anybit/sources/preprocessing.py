@@ -23,7 +23,7 @@ class Preprocessing(Settings):
     mean: tuple[float, ...] | None = option(
         None, "Mean of each channel, pixels scaled to 0..1: 0.485,0.456,0.406", text=NUMBERS, rare=False
     )
-    std: tuple[float, ...] | None = option(None, "Standard deviation of each channel.", above=0, text=NUMBERS, rare=False)
+    std: tuple[float, ...] | None = option(None, "Standard deviation of each channel.", least=1e-6, text=NUMBERS, rare=False)
     size: int | None = option(None, "Height and width of the input image.", least=1, most=LONGEST_SIDE, rare=False)
     resize: int | None = option(None, "Resize the short side before a centre crop to --size.", least=1, most=LONGEST_SIDE)
     interpolation: str = option("bilinear", "Interpolation of the resizing.", choices=("nearest", "bilinear", "bicubic", "lanczos"))

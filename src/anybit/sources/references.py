@@ -57,7 +57,8 @@ def check_there(path: str | Path) -> None:
 def check_device(device: object) -> None:
     """Raise InvalidSetting for an unknown device name; only PyTorch knows whether this machine has it."""
     kind, separator, index = str(device).partition(":")
-    if kind not in DEVICES or (separator and not (index.isascii() and index.isdigit() and len(index) < 4)):
+    numbered = not separator or (index.isascii() and index.isdigit() and len(index) < 4 and (kind != "cpu" or index == "0"))
+    if kind not in DEVICES or not numbered:
         raise InvalidSetting(f"{device} is not a device. Write {', '.join(DEVICES[:3])} or cuda:1.{did_you_mean(kind, DEVICES)}")
 
 
