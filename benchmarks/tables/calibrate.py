@@ -70,6 +70,20 @@ def solver_section() -> str:
     return table(heads, rows) if rows else NOT_RUN
 
 
+def roundings_section() -> str:
+    """Each rounding compared with AdaQuant: accuracy, and the ratio of processor times."""
+    runs = entries("resnet20_roundings")
+    rows = []
+    for key, run in runs.items():
+        precision, name = key.split(" ")
+        adaquant = runs[f"{precision} adaquant"]
+        difference = "" if run is adaquant else paired_interval(run["right"], adaquant["right"])
+        ratio = run["processor_seconds"] / adaquant["processor_seconds"]
+        rows.append([precision, name, f"{run['top1']:.2f}", difference, f"{ratio:.2f}"])
+    heads = ["precision", "rounding", "top-1", "against AdaQuant (paired 95 %)", "processor time, ratio"]
+    return table(heads, rows) if rows else NOT_RUN
+
+
 def mixed_runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
     """(budget, activations) -> one run per seed."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -254,7 +268,8 @@ def stages_section() -> str:
 
 
 SECTIONS = {
-    "UNIFORM": uniform_section, "LADDER": ladder_section, "SOLVER": solver_section, "MIXED": mixed_section, "SMALL": small_section,
+    "UNIFORM": uniform_section, "LADDER": ladder_section, "SOLVER": solver_section,
+    "ROUNDINGS": roundings_section, "MIXED": mixed_section, "SMALL": small_section,
     "SCATTER": scatter_section,
     "SPEED": speed_section, "EFFICIENTNET": efficientnet_section, "ALLOCATION": allocation_section, "STAGES": stages_section,
 }  # fmt: skip
