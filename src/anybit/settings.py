@@ -166,6 +166,8 @@ class Option:
                 self.ready(value)
 
     def _typed(self, kind: Any, value: Any) -> Any:
+        if isinstance(value, str) and not value and kind in (str, Path) and self.default != "":  # as a path it would be the working folder
+            raise ValueError("is empty. Give a value, or leave it out.")
         origin, inner = typing.get_origin(kind), typing.get_args(kind)
         if origin in (typing.Union, types.UnionType):
             return None if value is None else self._typed(without_none(kind), value)

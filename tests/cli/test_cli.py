@@ -17,8 +17,9 @@ from anybit.budget import parse_size
 from anybit.cli.app import VERBS, app
 from anybit.cli.help import examples_in
 from anybit.cli.options import Verb
+from anybit.errors import InvalidSetting
 from anybit.roads.settings import CalibrateSettings
-from anybit.settings import PANELS
+from anybit.settings import PANELS, without_none
 
 DESCRIBED = {function.__name__: Verb.of(function, *more) for function, more in VERBS.items()}
 TESTS = Path(__file__).parent.parent
@@ -291,8 +292,22 @@ def test_bad_input_to_other_verbs_exits_with_status_2_and_one_line(arguments, me
     assert sorted(os.listdir()) == before
 
 
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__)
+def test_no_path_or_name_may_be_empty(verb):
+    """An empty path would be the working folder."""
+    for one in Verb.of(verb, *VERBS[verb]).options.values():
+        if one.text is None and without_none(one.kind) in (str, Path) and one.default != "":
+            with pytest.raises(InvalidSetting, match=f"^{one.written} is empty"):
+                one.checked("", one.written)
+
+
+@pytest.mark.parametrize("empty", ["--test=", "--config=", "--weights=", "--log="])
+def test_an_empty_option_is_not_the_working_folder(empty, here):
+    refused = calibrate(empty)
+    assert refused.exit_code == 2 and refused.stderr == f"anybit: {empty.removesuffix('=')} is empty. Give a value, or leave it out.\n"
+
+
 def test_rejects_unlabelled_test_set_before_any_long_work(here, monkeypatch):
-    pass
 
     monkeypatch.setattr("anybit.roads.calibrate.range_candidates", lambda *arguments: pytest.fail("long work has begun"))
     assert calibrate("--quiet", "--test", "unlabelled.npz").exit_code == 2
@@ -305,7 +320,6 @@ def test_error_contains_no_terminal_escapes(here):
 
 
 def test_interruption_exits_with_status_130_and_leaves_nothing(here, monkeypatch):
-    pass
 
     def interrupted(*arguments):
         raise KeyboardInterrupt

@@ -74,10 +74,10 @@ class Verb:
     def read(self, context: typer.Context, written: Mapping[str, Any]) -> dict[str, Any]:
         """Return name -> value of the options given on the command line or, failing that, in the file of --config."""
         values = {}
-        if written.get("config"):
+        if written.get("config") is not None:
             from anybit.files.config import read_options
 
-            values = read_options(written["config"], self.options, list(self.groups.values()), "--config")
+            values = read_options(self.value("config", written), self.options, list(self.groups.values()), "--config")
         for name, text in written.items():
             if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
                 values[name] = self.options[name].from_text(text, self.options[name].written)
@@ -121,6 +121,8 @@ def as_parameter(one: Option) -> inspect.Parameter:
     elif kind is bool and not one.switch:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     common: dict[str, Any] = {"help": one.doc, "hidden": one.rare}
+    if kind is Path:
+        common["path_type"] = str  # which tells an empty text from the working folder
     if one.choices:
         common["autocompletion"] = _completion(one.choices)
     info = typer.Argument(**common) if one.positional else typer.Option(flag, metavar=one.metavar, rich_help_panel=one.panel, **common)
