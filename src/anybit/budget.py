@@ -338,7 +338,7 @@ def _meant(part: str) -> str:
 
 def _is_sensible(quantity: Quantity, text: str) -> bool:
     """Return whether a limit is above zero, and not above what any float network has."""
-    return 0 < (quantity.parse(text) or 0) <= {BITS: FLOAT_BITS, PERCENT: 100}.get(quantity, quantity.largest)
+    return 0 < (quantity.parse(text) or 0) <= {BITS.name: FLOAT_BITS, PERCENT.name: 100.0}.get(quantity.name, quantity.largest)
 
 
 def _check_decimal_point(text: str) -> None:

@@ -113,7 +113,7 @@ def calibrate(
     """
     options = CalibrateSettings.of(**settings)
     several = isinstance(budget, Sequence) and not isinstance(budget, (str, bytes, bytearray))
-    asked = list(budget) if isinstance(budget, Sequence) and several else [budget]
+    asked: list[Any] = list(budget) if isinstance(budget, Sequence) and several else [budget]
     if not asked:
         raise InvalidSetting("budget is an empty list. Give budgets, such as ['4bit', '3bit'], or none to keep 8 bits where possible.")
     budgets = [None] if budget is None else list(parse_budgets(one for one in asked if one is not None))
