@@ -269,7 +269,7 @@ def _number(kind: Any) -> Any:
     return next(filter(None, inner), None) if inner else kind if kind in (int, float) else None
 
 
-def _number_in(text: Any, kind: type) -> Any:
+def _number_in(text: Any, kind: Any) -> Any:
     """Return the number that a text from the command line spells; the text itself, which no option accepts, if it spells none."""
     try:
         number = kind(text)
