@@ -281,7 +281,7 @@ def _number_in(text: Any, kind: Any) -> Any:
 def _whole(value: Any) -> int | None:
     """Return the whole number that a value of another type equals, as 64.0 and "1e3" do; None if there is none."""
     try:
-        number = value if isinstance(value, Decimal) else float(value) if isinstance(value, (str, float)) else math.nan
+        number: Any = value if isinstance(value, Decimal) else float(value) if isinstance(value, (str, float)) else math.nan
         return int(number) if number == int(number) and abs(number) < INTEGERS else None
     except (ValueError, OverflowError):
         return None
