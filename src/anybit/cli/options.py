@@ -78,10 +78,13 @@ class Verb:
             from anybit.files.config import read_options
 
             values = read_options(self.value("config", written), self.options, list(self.groups.values()), "--config")
-        for name, text in written.items():
-            if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
-                values[name] = self.options[name].from_text(text, self.options[name].written)
-        return values
+        on_line = {
+            name: self.options[name].from_text(text, self.options[name].written)
+            for name, text in written.items()
+            if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        }
+        replaced = {"budget", "scheme"} if on_line.keys() & {"budget", "scheme"} else set()  # each stands for the other
+        return {name: value for name, value in values.items() if name not in replaced} | on_line
 
     def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the function's arguments. Raises InvalidSetting if an option is missing or invalid."""
