@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 from commands import FAST, anybit_cli
+from typer.testing import CliRunner
 
 from anybit.cli.app import VERBS, app
 from anybit.cli.options import Verb
@@ -226,6 +227,26 @@ def test_command_line_rejects_invalid_value_by_name(commands, verb, one, capsys,
         message = capsys.readouterr().err
         assert ended.value.code == 2 and (one.name in message or one.written in message), (text, message)
         assert "no.py" not in message and "no.npz" not in message and not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("calibrate --batch-size 1e3", "--batch-size '1e3' must be a whole number, 1..1000000000. Write --batch-size 1000."),
+        ("calibrate --batch-size 0x10", "--batch-size '0x10' must be a whole number, 1..1000000000."),
+        ("calibrate --held-out 1e400", "--held-out '1e400' must be a finite number, above 0 and below 1."),
+        ("calibrate --bach-size 3", "there is no option --bach-size. Did you mean --batch-size?"),
+        ("calibrate --batch-size", "'--batch-size' requires an argument"),
+        ("calibrat", "Did you mean 'calibrate'?"),
+        ("calibrate --quiet=3", "'--quiet' does not take a value."),
+        ("explain", "Missing argument"),
+        ("explain a b c", "unexpected extra argument"),
+    ],
+)
+def test_every_error_of_the_command_line_is_one_line(line, words):
+    done = CliRunner().invoke(app, line.split())
+    assert done.exit_code == 2 and done.stderr.startswith("anybit: ") and len(done.stderr.splitlines()) == 1
+    assert words in done.stderr and not done.stdout
 
 
 # The options themselves

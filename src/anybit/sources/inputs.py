@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, default_collate
 
-from anybit.data.batches import Batch, evaluating, predict, tensors_in
+from anybit.data.batches import Batch, check_finite, evaluating, predict, tensors_in
 from anybit.data.options import TEXT_SUFFIXES, parse_columns
 from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.reading import elements_of, item_of, length_of
@@ -300,11 +300,12 @@ def _one_hot_dimension(labels: Sequence[torch.Tensor], outputs: torch.Tensor, ta
 
 @torch.no_grad()
 def check_outputs(model: nn.Module, batch: Batch) -> None:
-    """Raise UnsupportedModel if the model's outputs are NaN or infinite, naming the weight if one is."""
+    """Raise UnsupportedModel if the model's outputs are NaN or infinite, naming the weight if one is; InvalidInput if an input is."""
     with evaluating(model):
         outputs = predict(copied(model), batch)
     if not torch.isfinite(outputs).all():
         check_finite_weights(model)
+        check_finite([batch])
         raise UnsupportedModel("The network's outputs are NaN or infinite on the first inputs. Check the network and the data.")
 
 
