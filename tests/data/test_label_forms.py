@@ -94,12 +94,21 @@ def test_pixels_of_one_logit_may_be_ignored(ignored):
     for form in (labels, labels[:, 0], labels.float()):
         scores = anybit.evaluate(pixels(1), TensorDataset(IMAGES, form))
         assert scores["f1"] == scores["exact"] == 100 and scores["loss"] < 1
+    constant = torch.where(labels == 1, 0, labels) if ignored == -100 else torch.where(labels == 0, 1, labels)
+    assert "f1" in anybit.evaluate(pixels(1), TensorDataset(IMAGES, constant))
     rest = score(outputs[:, :, 1:], labels[:, :, 1:], "multi-label")
     assert score(outputs, labels, "multi-label") == pytest.approx(rest)
     grown = anybit.grow(pixels(1), TensorDataset(IMAGES, labels), "6bit", epochs=1)
     assert grown.report["epochs"][0]["loss"] < 2
     labels[:] = ignored
-    assert "nothing to score" in refusal(lambda: anybit.evaluate(pixels(1), TensorDataset(IMAGES, labels), task="multi-label"))
+    for task in (None, "multi-label"):
+        assert "nothing to score" in refusal(lambda task=task: anybit.evaluate(pixels(1), TensorDataset(IMAGES, labels), task=task))
+
+
+def test_masks_of_black_and_white_are_not_taken_for_ignored_pixels():
+    labels = 255 * (pixels(1)(IMAGES).detach() > 0).long()
+    assert "Write 1 for the foreground" in refusal(lambda: anybit.evaluate(pixels(1), TensorDataset(IMAGES, labels)))
+    assert "loss" in anybit.evaluate(pixels(1), TensorDataset(IMAGES, labels), task="regression")
 
 
 def test_wrong_values_of_the_right_shape_are_named(masks):
@@ -119,6 +128,11 @@ def test_wrong_values_of_the_right_shape_are_named(masks):
 def test_complex_labels_are_refused(classes, run):
     assert "complex" in refusal(lambda: run(net(), TensorDataset(X, classes.to(torch.complex64))))
     assert "complex" in refusal(lambda: run(net(), (X, classes.to(torch.complex64))))
+
+
+def test_complex_test_labels_beside_labelled_data_are_refused(classes):
+    data, test = (X.repeat(3, 1), classes.repeat(3)), (X.repeat(3, 1), classes.repeat(3).to(torch.complex64))
+    assert "complex" in refusal(lambda: anybit.calibrate(net(), data, "6bit", test=test, **QUICK))
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array])

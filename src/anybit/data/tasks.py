@@ -422,8 +422,9 @@ def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
     if labels.is_complex():
         return None
     whole = not labels.is_floating_point()
-    scored = labels[_is_scored(labels)]
-    ones = labels.numel() == outputs.numel() and bool(((scored == 0) | (scored == 1)).all() and len(scored.unique()) == 2)
+    scored = labels[_is_scored(labels) if outputs.dim() > 2 else labels != IGNORED]
+    several = len(scored.unique()) == 2 or 0 < len(scored) < labels.numel()  # one value alone may be any number
+    ones = labels.numel() == outputs.numel() and several and bool(((scored == 0) | (scored == 1)).all())
     likely = {
         "classification": whole and labels.dim() == 1 and outputs.dim() == 2 and outputs.shape[1] > 1,
         "token-classification": whole and outputs.dim() == 3 and labels.shape == outputs.shape[:2] and labels.dim() == 2,
@@ -446,6 +447,7 @@ def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
     of_form = {
         "token-classification": likely["token-classification"],
         "segmentation": likely["segmentation"] and _as_masks(labels, outputs).shape == (len(outputs), *outputs.shape[2:]),
+        "multi-label": whole and outputs.dim() > 2 and labels.numel() == outputs.numel() > 0 and not len(scored),
     }
     return next((Guess(name, f"{shapes}, {reasons[name]}") for name, fits in of_form.items() if fits), None)  # whose values are wrong
 
@@ -503,9 +505,20 @@ def task_of(
     labels, classes = None if labelled is None else labelled.labels, getattr(model, "num_classes", None)
     guess = Guess(task) if task else guess_task(outputs if labelled is None else labelled.outputs, reader, labels, classes)
     if guess.reason:
+        if guess.task == MultiLabel.name and labels is not None:
+            _check_foreground(labels)
         tell("note", note=f"task {guess.task}: {guess.reason}. --task overrides this ({', '.join(TASKS)})")
     one = TASKS[guess.task]
     return SeveralOutputs(one, reader) if isinstance(reader, OutputReader) and len(reader.outputs) > 1 else one
+
+
+def _check_foreground(labels: Tensor) -> None:
+    """Raise InvalidInput if masks hold only 0 and VOID, which may as well be the foreground's grey value."""
+    if (labels == VOID).any() and (labels == 0).any() and not (labels == 1).any():
+        raise InvalidInput(
+            f"The labels are only 0 and {VOID}, and {VOID} is not scored. Write 1 for the foreground, or, without any, name the "
+            f"--task {MultiLabel.name}."
+        )
 
 
 def named_task(task: str | Task) -> Task:

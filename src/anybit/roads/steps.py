@@ -227,14 +227,15 @@ def float_tested(
     with clock.stage("float test"):
         on_tests = LabelledOutputs.of(network.float_model, tests.batches(batch_size))
         restore(network.float_model, network.moving)
+        scores = on_tests.scores(task, metric)
         note = chance_in_words(on_tests.outputs, on_tests.labels, task, "test data")
-        return FloatTest(tests, on_tests.outputs, on_tests.scores(task, metric), note)
+        return FloatTest(tests, on_tests.outputs, scores, note)
 
 
 def chance_in_words(outputs: Tensor, labels: Tensor, task: Task, where: str) -> str:
     """Write a note on a network that classifies no better than by always naming the most frequent class; empty where it does, or where
     the samples are too few to know. Weights that were not loaded show by this."""
-    if task.counted != "top1" or labels.dim() != 1 or outputs.dim() != 2 or len(labels) < KNOWN:
+    if task.counted != "top1" or labels.dim() != 1 or labels.is_complex() or outputs.dim() != 2 or len(labels) < KNOWN:
         return ""
     right = float((outputs.argmax(1).cpu() == labels.cpu()).double().mean())
     frequent = float(labels.unique(return_counts=True)[1].max()) / len(labels)
