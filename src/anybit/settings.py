@@ -12,6 +12,7 @@ record in a run's report, and the reading of that record. Imports no torch, so t
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import operator
 import reprlib
@@ -147,8 +148,19 @@ class Option:
                 self._typed(self.kind, form)
             except (AnybitError, ValueError):
                 continue
-            return f" Write {name} {form}." if name.startswith("--") else f" Write {self.name}={form!r}."
+            return f" Write {self._spelled(form, name)}."
         return ""
+
+    def _spelled(self, value: Any, name: str) -> str:
+        """Write the option with a value in the reader's terms: in Python, on the command line, or in a file of --config."""
+        file, _, key = name.rpartition(": ")
+        if file:
+            plain = json.dumps(_plain(tuple(value) if isinstance(value, list) else value))
+            return f'"{key}": {plain}' if ".json" in file else f"{key} = {plain.replace(': ', ' = ')}"
+        if not name.startswith("--"):
+            return f"{self.name}={value!r}"
+        texts = self.text.write(value) if self.text else value
+        return " ".join(f"{name} {text}" for text in (texts if isinstance(texts, list) else [texts]))
 
     def _forms(self, value: Any) -> list[Any]:
         """List the values that a value of another type may stand for."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from anybit.errors import InvalidInput, some
+from anybit.errors import InvalidInput, InvalidSetting, some
 from anybit.files.cache import digest_of_files
 from anybit.files.contents import contents_of
 from anybit.files.strict import in_words
@@ -29,6 +29,7 @@ class ImageFolder(Dataset):
 
     def __init__(self, root: Path, preprocessing: Preprocessing):
         import_optional("PIL.Image", "pillow", f"The folder of images {root}")
+        _check_channels(preprocessing)
         self.preprocessing = preprocessing
         files = _images(root)
         if not files:
@@ -48,6 +49,14 @@ class ImageFolder(Dataset):
         path, label = self.items[index]
         image = read_image(path, self.preprocessing)
         return (image, label) if self.labelled else image
+
+
+def _check_channels(preprocessing: Preprocessing) -> None:
+    """Raise InvalidSetting unless mean and deviation have one number for all channels of an image, or for each."""
+    for name in ("mean", "std"):
+        values = getattr(preprocessing, name)
+        if values is not None and len(values) not in (1, 3):
+            raise InvalidSetting(f"--{name} has {len(values)} numbers, and images in folders are read as RGB. Give 3, or one for all.")
 
 
 def _images(root: Path) -> list[Path]:
