@@ -72,7 +72,7 @@ def test_a_suggestion_never_repeats_what_was_written(here):
     os.mkfifo("pipe")
     with pytest.raises(InvalidFile, match="pipe is a pipe or device, not a file"):
         check_file("pipe")
-    with pytest.raises(InvalidSetting, match="meta is a device that holds no numbers") as meta:
+    with pytest.raises(InvalidSetting, match="meta is not a device that holds numbers") as meta:
         check_device("meta")
     assert "mtia" not in str(meta.value)
 

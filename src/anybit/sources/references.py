@@ -61,7 +61,7 @@ def check_device(device: object) -> None:
     kind, separator, index = str(device).partition(":")
     numbered = not separator or (index.isascii() and index.isdigit() and len(index) < 4 and (kind != "cpu" or index == "0"))
     if kind == "meta":
-        raise InvalidSetting(f"{device} is a device that holds no numbers. Write {', '.join(DEVICES[:3])} or cuda:1.")
+        raise InvalidSetting(f"{device} is not a device that holds numbers. Write {', '.join(DEVICES[:3])} or cuda:1.")
     if kind not in DEVICES or not numbered:
         raise InvalidSetting(f"{device} is not a device. Write {', '.join(DEVICES[:3])} or cuda:1.{did_you_mean(kind, DEVICES)}")
 
