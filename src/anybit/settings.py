@@ -12,7 +12,6 @@ record in a run's report, and the reading of that record. Imports no torch, so t
 import dataclasses
 import difflib
 import inspect
-import json
 import math
 import operator
 import reprlib
@@ -155,8 +154,7 @@ class Option:
         """Write the option with a value in the reader's terms: in Python, on the command line, or in a file of --config."""
         file, _, key = name.rpartition(": ")
         if file:
-            plain = json.dumps(_plain(tuple(value) if isinstance(value, list) else value))
-            return f'"{key}": {plain}' if ".json" in file else f"{key} = {plain.replace(': ', ' = ')}"
+            return f'"{key}": {_in_file(value, ": ")}' if ".json" in file else f"{key} = {_in_file(value, ' = ')}"
         if not name.startswith("--"):
             return f"{self.name}={value!r}"
         texts = self.text.write(value) if self.text else value
@@ -279,6 +277,15 @@ def _number(kind: Any) -> Any:
     """Return the type of the numbers in a type, if there are any."""
     inner = [_number(one) for one in reversed(typing.get_args(kind))]
     return next(filter(None, inner), None) if inner else kind if kind in (int, float) else None
+
+
+def _in_file(value: Any, assign: str) -> str:
+    """Write a value as in a file of --config: JSON if `assign` is a colon, else TOML."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f'"{key}"{assign}{_in_file(one, assign)}' for key, one in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_in_file(one, assign) for one in value)}]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def _number_in(text: Any, kind: Any) -> Any:
