@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import anybit
 from anybit.allocation.choice import fits_budget
 from anybit.allocation.program import allocate, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import QUANTITIES, Budget, Cost, Loss, cost_quantities, own_costs
+from anybit.budget import QUANTITIES, Budget, Cost, Loss, cost_quantities, own_costs, parse_budgets
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.networks.cost import HEADER_SLACK, CostModel, LayerSize
 from anybit.networks.latency import LatencyTable, OperationFlow
@@ -131,6 +132,60 @@ def test_the_allocated_scheme_is_the_best_that_fits(quantity, share, network):
     assert allocation.predicted_loss == pytest.approx(min(map(table.total, fitting)), rel=1e-3)
 
 
+@pytest.mark.parametrize("one, other", [("4bit", " 4bit "), ("4bit", "4.0bits"), ("12.5%", "12.50%"), ("4bit,bops=2G", "bops=2000M, 4bit")])
+def test_one_budget_in_two_spellings_is_given_twice(one, other):
+    with pytest.raises(InvalidSetting, match="given twice"):
+        parse_budgets([one, other])
+    assert str(Budget.parse(f" {one} ")) == one
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-0bit",
+        "12,5%",
+        "4BIT",
+        "1500",
+        "0",
+        "64bitz",
+        "101 %",
+        "4bitz",
+        "drop=1",
+        "DROP=101%",
+        "12kb",
+        "bops=3g",
+        "-4bit",
+        "4",
+        "4bit,3,5%",
+    ],
+)
+def test_a_suggested_budget_is_accepted(text, network):
+    """Also by the network: no suggestion is above any float network's cost."""
+    with pytest.raises(InvalidSetting) as refusal:
+        Budget.parse(text)
+    meant = re.search(r"Did you mean (.*)\?", str(refusal.value))
+    assert meant is not None or text in ("-0bit", "1500", "0", "64bitz", "101 %", "DROP=101%")
+    for cost, limit in [] if meant is None else Budget.parse(meant[1]).costs():
+        assert limit > 0 and (cost.most is None or limit <= cost.most(network))
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("12,5%", "12.5%"), ("4BIT", "4bit"), ("12kb", "12kB"), ("bops=2,5G", "bops=2.5G"), ("4 Bit", "4bit")]
+)
+def test_a_near_spelling_is_suggested(text, meant):
+    with pytest.raises(InvalidSetting, match=f"Did you mean {re.escape(meant)}\\?"):
+        Budget.parse(text)
+
+
+def test_no_network_loses_more_accuracy_than_it_has():
+    with pytest.raises(InvalidSetting, match="at most drop=100%"):
+        Budget.parse("drop=101%")
+
+
+def test_small_limits_are_written_in_a_smaller_unit():
+    assert [QUANTITIES["bops"].text(count) for count in (10, 12_345, 2.1e9)] == ["bops=10", "bops=12.4k", "bops=2100M"]
+
+
 def test_sizes_are_written_to_the_byte():
     """An error that names the least budget asks for no byte more, and shows in what it differs from the budget that was asked for."""
     for count in (7_520, 7_552, 40_000, 123_456_789):
@@ -202,3 +257,9 @@ def test_energy_budget_puts_bits_where_they_take_least_energy(network):
     spent = allocate(both).scheme
     assert network.weight_bits(spent) <= 3 and spent["middle"] == Precision(2, 8) and spent["first"] == Precision(2, 8)
     assert np.isclose(both.limits["energy"], least + 3e-5)
+
+
+def test_bytes_are_no_list_of_budgets():
+    for work in (lambda: anybit.calibrate(None, None, b"4bit"), lambda: parse_budgets([b"4bit"])):
+        with pytest.raises(InvalidSetting, match="b'4bit' is not a text"):
+            work()

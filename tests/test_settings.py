@@ -6,8 +6,11 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from decimal import Decimal
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -202,3 +205,27 @@ def test_functions_document_their_options(function, kind):
 def test_choices_are_those_of_the_code():
     assert set(options_of(CalibrateSettings)["estimator"].choices) == set(ESTIMATORS)
     assert {tuple(options_of(kind)["task"].choices) for kind in (CalibrateSettings, GrowSettings, SupernetSettings)} == {TASK_NAMES}
+
+
+# Values of another type
+
+
+def test_a_message_quotes_the_bounds_that_hold_and_the_type_that_is_wrong():
+    for wrong in (64.5, Decimal("64"), "64", True, [64]):
+        with pytest.raises(InvalidSetting, match=r"^samples .* must be a whole number, 2\.\.") as refused:
+            anybit.calibrate(None, None, "4bit", samples=wrong)
+        assert ("Write samples=64." in str(refused.value)) == (wrong in (Decimal("64"), "64"))
+    with pytest.raises(InvalidSetting, match=r"^samples 0 is outside 2\.\."):
+        anybit.calibrate(None, None, "4bit", samples=0)
+    with pytest.raises(InvalidSetting, match=r"^weight_bits '4' must be a whole number, 2\.\.8\."):
+        CalibrateSettings(weight_bits=(2, "4"))  # type: ignore[arg-type]
+    with pytest.raises(InvalidSetting, match=r"^outputs 0.0 must be a finite number, above 0"):
+        CalibrateSettings(outputs={"a.b": 0.0})
+    with pytest.raises(InvalidSetting, match=r"^std 0.0 must be a finite number, from 1e-06"):
+        Preprocessing(std=(0.0,))
+
+
+@pytest.mark.parametrize("bits", [range(2, 5), {4, 2, 3}, np.array([2, 3, 4]), torch.tensor([2, 3, 4])])
+def test_numbers_and_lists_of_other_libraries_are_read(bits):
+    assert CalibrateSettings(weight_bits=bits).weight_bits == (2, 3, 4)
+    assert type(CalibrateSettings(samples=torch.tensor(64)).samples) is int  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ it for a scheme. All code that reads, meets, checks or reports a budget looks th
 
 import difflib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
@@ -46,7 +45,8 @@ class Quantity:
     """A quantity that a budget can limit, and the grammar of a limit: `prefix`, a number, and one of `units`.
 
     units     suffix -> its size;   examples  limits as users may write them
-    unit      the unit that `text` writes, with this many `digits`
+    unit      the unit that `text` writes, with this many `digits`; a smaller one if the limit rounds to a single step of it
+    largest   largest limit that has a meaning, in units of a limit
 
     Quantities are compared by identity: each is one object of `QUANTITIES`.
     """
@@ -57,6 +57,7 @@ class Quantity:
     unit: str
     digits: int
     examples: tuple[str, ...]
+    largest: float = float("inf")
 
     def parse(self, text: str) -> float | None:
         """Return the limit that `text` writes; None if it does not match this quantity's grammar."""
@@ -66,9 +67,13 @@ class Quantity:
 
     def text(self, limit: float) -> str:
         """Write a limit in the grammar of `parse`, rounded up."""
-        number = Decimal(repr(float(limit))) / Decimal(str(self.units[self.unit]))
-        steps = (number * 10**self.digits).to_integral_value(ROUND_CEILING)
-        return f"{self.prefix}{steps.scaleb(-self.digits).normalize():f}{self.unit}"
+        smaller = sorted((unit for unit in self.units if self.units[unit] < self.units[self.unit]), key=self.units.__getitem__)
+        for unit in (self.unit, *reversed(smaller)):
+            number = Decimal(repr(float(limit))) / Decimal(str(self.units[unit]))
+            steps = (number * 10**self.digits).to_integral_value(ROUND_CEILING)
+            if steps > 1:
+                break
+        return f"{self.prefix}{steps.scaleb(-self.digits).normalize():f}{unit}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -221,6 +226,7 @@ DROP = Loss(
     unit="%",
     digits=3,
     examples=("drop=1%",),
+    largest=100,
     chosen="It is the smallest found that loses no more accuracy than allowed.",
 )
 QUANTITIES: dict[str, Quantity] = {one.name: one for one in (BITS, BYTES, PERCENT, BOPS, LATENCY, LOSS, DROP)}
@@ -259,6 +265,8 @@ class Budget:
         if not isinstance(text, str):
             near = f' Write "{text:g}bit" for bits per weight.' if isinstance(text, (int, float)) else ""
             raise InvalidSetting(f"Budget {text!r} is not a text with a unit.{near or f' Write {_examples()}.'}")
+        text = text.strip()
+        _check_decimal_point(text)
         conditions = tuple(_parse_condition(part.strip()) for part in text.split(","))
         quantities = [condition.quantity for condition in conditions]
         if len(set(quantities)) < len(quantities):
@@ -291,9 +299,12 @@ def parse_budgets(budgets: "Iterable[str | Budget]", check: "Callable[[Budget], 
     parsed = tuple(Budget.parse(one) for one in budgets)
     for one in parsed:
         check(one)
-    twice = [text for text, count in Counter(map(str, parsed)).items() if count > 1]
-    if twice:
-        raise InvalidSetting(f"Budget {twice[0]} is given twice. Name each budget once.")
+    first: dict[frozenset[Condition], Budget] = {}
+    for one in parsed:
+        other = first.setdefault(frozenset(one.conditions), one)
+        if other is not one:
+            also = "" if str(other) == str(one) else f", also as {one}"
+            raise InvalidSetting(f"Budget {other} is given twice{also}. Name each budget once.")
     return parsed
 
 
@@ -303,6 +314,8 @@ def _parse_condition(part: str) -> Condition:
         if limit is not None:
             if limit <= 0:
                 raise InvalidSetting(f"Budget {part!r} must be above zero.")
+            if limit > quantity.largest:
+                raise InvalidSetting(f"Budget {part!r} must be at most {quantity.text(quantity.largest)}.")
             return Condition(quantity.name, limit)
     raise InvalidSetting(f"Budget {part!r} cannot be read.{_meant(part)} Write {_examples()}; join conditions with a comma.")
 
@@ -313,13 +326,31 @@ def _examples() -> str:
 
 
 def _meant(part: str) -> str:
-    """Return a question with the nearest valid budget."""
+    """Return a question with the nearest valid budget; "" if none is near."""
     match = re.fullmatch(rf"\s*(\D*?)\s*{_NUMBER}\s*(\D*)", part)
     if match is None:
         return ""
-    written = {f"{one.prefix}{match[2]}{unit}" for one in QUANTITIES.values() for unit in one.units}
-    near = difflib.get_close_matches(f"{match[1]}{match[2]}{match[3] or 'bit'}", sorted(written), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else ""
+    limits = {f"{one.prefix}{match[2]}{unit}": one for one in QUANTITIES.values() for unit in one.units}
+    text = f"{match[1]}{match[2]}{match[3] or 'bit'}"
+    near = [one for one in limits if one.casefold() == text.casefold()] or difflib.get_close_matches(text, sorted(limits), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near and _is_sensible(limits[near[0]], near[0]) else ""
+
+
+def _is_sensible(quantity: Quantity, text: str) -> bool:
+    """Return whether a limit is above zero, and not above what any float network has."""
+    return 0 < (quantity.parse(text) or 0) <= {BITS.name: FLOAT_BITS, PERCENT.name: 100.0}.get(quantity.name, quantity.largest)
+
+
+def _check_decimal_point(text: str) -> None:
+    """Raise InvalidSetting for a number with a decimal comma, whose parts are not budgets."""
+    pointed = re.sub(r"([0-9]),([0-9])", r"\1.\2", text)
+    if _are_valid(pointed) and not _are_valid(text):
+        raise InvalidSetting(f"Budget {text!r} cannot be read. Did you mean {pointed}? Write {_examples()}; join conditions with a comma.")
+
+
+def _are_valid(text: str) -> bool:
+    """Return whether all conditions can be read."""
+    return all(any(one.parse(part.strip()) for one in QUANTITIES.values()) for part in text.split(","))
 
 
 def check_counts_weights(budget: Budget) -> None:
@@ -382,7 +413,8 @@ def budget_text(check: Callable[[Budget], None]) -> Text:
     """Return the text of budgets that `check` accepts."""
 
     def parse(text: str) -> str:
-        check(Budget.parse(text))
-        return text
+        budget = Budget.parse(text)
+        check(budget)
+        return str(budget)
 
     return Text(parse, str, "3bit, 80kB or 12.5%")

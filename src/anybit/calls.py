@@ -39,6 +39,8 @@ def public(function: Function) -> Function:
     """Decorate a public function: raise InvalidSetting with the corrected call if arguments do not match its signature. Its errors name
     keywords, not flags."""
     signature = inspect.signature(function)
+    code = inspect.unwrap(function).__code__
+    own = AMOUNTS.keys() & {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}  # settings classes check the others
 
     @functools.wraps(function)
     def called(*arguments: Any, **keywords: Any) -> Any:
@@ -46,7 +48,7 @@ def public(function: Function) -> Function:
             check_call(function.__name__, signature, arguments, keywords)
             bound = signature.bind(*arguments, **keywords).arguments
             check_takes_two(bound.get("metric"))
-            for name in sorted(AMOUNTS.keys() & bound.keys()):
+            for name in sorted(own & bound.keys()):
                 if bound[name] is not None or signature.parameters[name].default is not None:
                     AMOUNTS[name].checked(bound[name])
             return function(*arguments, **keywords)

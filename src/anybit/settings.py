@@ -20,6 +20,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass
+from decimal import Decimal
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -103,6 +104,11 @@ class Option:
         return self.name.upper() if self.positional else self.flag or f"--{self.name.replace('_', '-')}"
 
     @property
+    def is_number(self) -> bool:
+        """Return whether its value is one number."""
+        return without_none(self.kind) in (int, float)
+
+    @property
     def metavar(self) -> str:
         """Return its placeholder in --help: the choices, N for a number, else its name; nothing for a switch."""
         if self.choices or self.kind is bool or bool in typing.get_args(self.kind):
@@ -151,8 +157,8 @@ class Option:
             return [dict.fromkeys(value, "W8A8"), dict.fromkeys(value, 1.0)]
         if kind is Mapping and isinstance(value, str):
             return [{value: 1.0}]
-        if isinstance(value, float) and value.is_integer() and abs(value) < INTEGERS:
-            return [int(value)]
+        if (whole := _whole(value)) is not None:
+            return [whole]
         if kind is tuple and isinstance(value, (int, str)) and not isinstance(value, bool):
             return [(value,)]
         if isinstance(value, str) and self.choices:
@@ -171,23 +177,25 @@ class Option:
         origin, inner = typing.get_origin(kind), typing.get_args(kind)
         if origin in (typing.Union, types.UnionType):
             return None if value is None else self._typed(without_none(kind), value)
-        if origin in (tuple, list) and isinstance(value, (list, tuple)):
-            return tuple(self._typed(inner[0], one) for one in value)
+        if origin in (tuple, list) and (items := _items(value)) is not None:
+            return tuple(self._typed(inner[0], one) for one in items)
         if origin is Mapping and isinstance(value, Mapping):
             return {self._key(inner[0], key): self._typed(inner[1], one) for key, one in value.items()}
-        if kind in (int, float) and isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool):
-            return self._in_range(kind, value)
+        if kind in (int, float):
+            return self._in_range(kind, _scalar(value))
         if kind is str and isinstance(value, str) and self.choices and value not in self.choices:
             raise ValueError(f"{_shown(value)} is unknown. Choose from {_listed(self.choices)}.")
-        if kind is Any or (isinstance(kind, type) and origin is None and kind not in (int, float) and isinstance(value, kind)):
+        if kind is Any or (isinstance(kind, type) and origin is None and isinstance(value, kind)):
             return value
         if isinstance(value, str) and kind is Path:
             return Path(value)
         if isinstance(value, str) and hasattr(kind, "parse"):  # as in JSON
             return kind.parse(value)
-        raise ValueError(self._refusal(value))
+        raise ValueError(self._refusal(kind, value))
 
     def _in_range(self, kind: Any, value: Any) -> Any:
+        if not isinstance(value, Integral if kind is int else Real) or isinstance(value, bool):
+            raise ValueError(self._refusal(kind, value))
         try:
             number = kind(value)
         except OverflowError:
@@ -195,7 +203,7 @@ class Option:
         whole = -INTEGERS < number < INTEGERS if kind is int else math.isfinite(number)
         if whole and all(holds(number, bound) for name, holds, _ in BOUNDS if (bound := getattr(self, name)) is not None):
             return number
-        raise ValueError(self._refusal(value))
+        raise ValueError(self._refusal(kind, value))
 
     def _key(self, kind: Any, key: Any) -> Any:
         if kind is int and isinstance(key, str) and key.isascii() and key.isdigit():  # JSON's keys are strings
@@ -203,21 +211,19 @@ class Option:
         if kind is str and isinstance(key, int) and not isinstance(key, bool):  # outputs by their numbers
             return str(key)
         if not isinstance(key, kind):
-            raise ValueError(self._refusal(key))
+            raise ValueError(self._refusal(self.kind, key))
         return key
 
-    def _refusal(self, value: Any) -> str:
-        if _number(self.kind) is int and isinstance(value, Real) and not isinstance(value, Integral) and math.isfinite(value):
-            return f"{_shown(value)} must be {_noun(self.kind)}{self.range and ', '}{self.range}{self.why and ': '}{self.why}."
-        demand = (
-            f"is outside {self.range}"
-            if ".." in self.range and not isinstance(value, str)
-            else f"must be {_noun(self.kind)}{self.range and ', '}{self.range}"
-        )
+    def _refusal(self, kind: Any, value: Any) -> str:
+        """Say why `value` is not of type `kind`: the option's, or that of an item of it."""
+        outside = kind is int and ".." in self.range and isinstance(value, Integral) and not isinstance(value, bool)
+        demand = f"is outside {self.range}" if outside else f"must be {_noun(kind)}{self.range and ', '}{self.range}"
         return f"{_shown(value)} {demand}{self.why and ': '}{self.why}."
 
     def from_text(self, text: Any, name: str) -> Any:
         """Return the value of a text from the command line; `name` is how the user wrote the option."""
+        if self.text is None and self.is_number:
+            return _number_in(text, without_none(self.kind))
         if self.text is None:
             return not text if self.inverted else text
         try:
@@ -236,6 +242,8 @@ class Option:
             return None
         if self.text:
             return self.text.write(self.default)
+        if self.is_number:
+            return str(self.default)
         return not self.default if self.inverted else self.default
 
 
@@ -259,6 +267,41 @@ def _number(kind: Any) -> Any:
     """Return the type of the numbers in a type, if there are any."""
     inner = [_number(one) for one in reversed(typing.get_args(kind))]
     return next(filter(None, inner), None) if inner else kind if kind in (int, float) else None
+
+
+def _number_in(text: Any, kind: Any) -> Any:
+    """Return the number that a text from the command line spells; the text itself, which no option accepts, if it spells none."""
+    try:
+        number = kind(text)
+    except ValueError:
+        return text
+    return number if -math.inf < number < math.inf else text
+
+
+def _whole(value: Any) -> int | None:
+    """Return the whole number that a value of another type equals, as 64.0 and "1e3" do; None if there is none."""
+    try:
+        number: Any = value if isinstance(value, Decimal) else float(value) if isinstance(value, (str, float)) else math.nan
+        return int(number) if number == int(number) and abs(number) < INTEGERS else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _scalar(value: Any) -> Any:
+    """Return the number in an array or tensor without dimensions, of integers or floats; other values unchanged."""
+    try:
+        return value.item() if getattr(value, "ndim", None) == 0 and not isinstance(value, Real) else value
+    except (AttributeError, RuntimeError, NotImplementedError):  # a tensor without data
+        return value
+
+
+def _items(value: Any) -> list[Any] | None:
+    """Return the items of a list, tuple, range or one-dimensional array, and those of a set in order; None for anything else."""
+    if isinstance(value, (list, tuple, range)):
+        return list(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=lambda one: (one is None, type(one).__name__, one if isinstance(one, (Real, str)) else 0))
+    return value.tolist() if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist") else None
 
 
 def _shown(value: Any) -> str:

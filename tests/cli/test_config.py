@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 from commands import FAST, anybit_cli
+from typer.testing import CliRunner
 
 from anybit.cli.app import VERBS, app
 from anybit.cli.options import Verb
@@ -93,11 +94,11 @@ def test_config_file_sets_settings_that_have_no_flag(here):
 def test_calibrate_repeats_a_run_from_its_report(here, options):
     first = ["--weight-bits", "4,8", "--activation-bits", "8", "--samples", "24", *options, "--no-cache", "--budget", "6bit"]
     assert calibrate(*first, model="m.py:residual").exit_code == 0
-    done = calibrate("--config", "run/report.json", "--budget", "6bit", "--no-cache", output="again", model="m.py:residual")
+    done = calibrate("--config", "run/report.json", "--no-cache", output="again", model="m.py:residual")
     assert done.exit_code == 0, done.stderr
     for name in ("model.safetensors", "scheme.json"):
         assert Path("again", name).read_bytes() == Path("run", name).read_bytes()
-    assert report("again")["settings"] == report("run")["settings"]
+    assert report("again")["settings"] == report("run")["settings"] and report("again")["budget"] == "6bit"
     assert [row["stage"] for row in report("again")["stages"]] == [row["stage"] for row in report("run")["stages"]]
 
 
@@ -105,13 +106,22 @@ def test_joint_report_repeats_one_of_several_budgets(here):
     assert calibrate(*FAST, "--budget", "6bit", "--budget", "5bit", "--seed", "2").exit_code == 0
     assert calibrate("--config", "run/report.json", "--budget", "5bit", output="again").exit_code == 0
     assert Path("again/model.safetensors").read_bytes() == Path("run/5bit/model.safetensors").read_bytes()
+    assert calibrate("--config", "run/report.json", output="all").exit_code == 0
+    assert list(report("all")["budgets"]) == ["6bit", "5bit"]
+
+
+def test_allocate_repeats_the_budget_of_a_report(here):
+    assert calibrate(*FAST, "--budget", "6bit").exit_code == 0
+    done = anybit_cli("allocate", "run", "--data", "x.npz", "--config", "run/report.json", "--output", "same", "--quiet")
+    assert done.exit_code == 0, done.stderr
+    assert report("same")["budget"] == "6bit" and report("same")["layers"] == report("run")["layers"]
 
 
 def test_training_and_search_repeat_from_their_reports(here):
     data = ["--model", "m.py:net", "--train", "x.npz", "--quiet"]
     few = ["--epochs", "1", "--batch-size", "8", "--seed", "1"]
     for verb, options, again, file in (
-        ("grow", [*data, *few, "--budget", "6bit", "--planes", "5", "--no-anchor"], [*data, "--budget", "6bit"], "model.safetensors"),
+        ("grow", [*data, *few, "--budget", "6bit", "--planes", "5", "--no-anchor"], data, "model.safetensors"),
         (
             "train",
             [*data, *few, "--bits", "4,8", "--held-out", "0.4", "--step-rates", "4=0.5", "--per-tensor", "--bn-images", "8"],
@@ -120,7 +130,7 @@ def test_training_and_search_repeat_from_their_reports(here):
         ),
         (
             "search",
-            ["train", "--evaluations", "11", "--images", "3", "--bn-images", "4", "--seed", "2", "--no-cache"],
+            ["train", "--evaluations", "11", "--images", "3", "--bn-images", "4", "--seed", "2", "--no-cache", "--budget", "6bit"],
             ["train", "--no-cache"],
             "search.json",
         ),
@@ -133,9 +143,15 @@ def test_training_and_search_repeat_from_their_reports(here):
         assert one["settings"] == two["settings"] and one.get("search", {}).get("settings") == two.get("search", {}).get("settings")
         if file.endswith(".json"):
             first, second = (json.loads(Path(folder, file).read_text()) for folder in (verb, f"{verb}2"))
-            assert first["evaluated"] == second["evaluated"] and first["images"] == second["images"]
+            assert first["evaluated"] == second["evaluated"] and list(second["budgets"]) == ["6bit"] and first["images"] == second["images"]
         else:
             assert Path(verb, file).read_bytes() == Path(f"{verb}2", file).read_bytes()
+    assert anybit_cli("extract", "search", "--budget", "6bit", "--output", "subnet", "--quiet").exit_code == 0
+    done = anybit_cli("extract", "search", "--config", "subnet/report.json", "--output", "same", "--quiet")
+    assert done.exit_code == 0, done.stderr
+    assert report("same")["budget"] == "6bit" and report("same")["layers"] == report("subnet")["layers"]
+    done = anybit_cli("extract", "search", "--config", "subnet/report.json", "--scheme", "subnet", "--output", "of", "--quiet")
+    assert done.exit_code == 0 and report("of")["budget"] is None, done.stderr  # the command line wins
 
 
 # Invalid values
@@ -211,6 +227,26 @@ def test_command_line_rejects_invalid_value_by_name(commands, verb, one, capsys,
         message = capsys.readouterr().err
         assert ended.value.code == 2 and (one.name in message or one.written in message), (text, message)
         assert "no.py" not in message and "no.npz" not in message and not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("calibrate --batch-size 1e3", "--batch-size '1e3' must be a whole number, 1..1000000000. Write --batch-size 1000."),
+        ("calibrate --batch-size 0x10", "--batch-size '0x10' must be a whole number, 1..1000000000."),
+        ("calibrate --held-out 1e400", "--held-out '1e400' must be a finite number, above 0 and below 1."),
+        ("calibrate --bach-size 3", "there is no option --bach-size. Did you mean --batch-size?"),
+        ("calibrate --batch-size", "'--batch-size' requires an argument"),
+        ("calibrat", "Did you mean 'calibrate'?"),
+        ("calibrate --quiet=3", "'--quiet' does not take a value."),
+        ("explain", "Missing argument"),
+        ("explain a b c", "unexpected extra argument"),
+    ],
+)
+def test_every_error_of_the_command_line_is_one_line(line, words):
+    done = CliRunner().invoke(app, line.split())
+    assert done.exit_code == 2 and done.stderr.startswith("anybit: ") and len(done.stderr.splitlines()) == 1
+    assert words in done.stderr and not done.stdout
 
 
 # The options themselves

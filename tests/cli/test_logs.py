@@ -58,6 +58,7 @@ def logged(tmp_path_factory):
             ["calibrate", *model, "--data", "x.npz", *quick, "--budget", "6bit", "--output", "again"],
             ["allocate", "run", "--budget", "5bit", "--output", "second"],
             ["grow", *model, "--train", "x.npz", *epochs, "--budget", "4bit", "--output", "grown"],
+            ["grow", *model, "--train", "x.npz", *epochs, "--method", "msq", "--budget", "4bit", "--output", "shrunk"],
             ["train", *model, "--train", "x.npz", *epochs, "--bits", "2,8", "--held-out", "0.3", "--output", "supernet"],
             ["search", "supernet", "--evaluations", "12", "--budget", "4bit", "--output", "found"],
             ["extract", "found", "--budget", "4bit", "--output", "subnet"],

@@ -218,7 +218,7 @@ def test_augmentation_shifts_images_and_keeps_their_pixels():
         inside = one[0, 1:-1, 1:-1]
         assert set(inside.flatten().tolist()) <= set(original.flatten().tolist())
     assert x[0, 0, 0, 0] == 1  # the batch itself is unchanged
-    with pytest.raises(InvalidSetting, match="pictures"):
+    with pytest.raises(InvalidSetting, match="needs images"):
         augmented(Batch(torch.zeros(2, 3)), "flip", 2, torch.Generator())
     with pytest.raises(InvalidSetting, match="crop4"):
         TrainSettings(augment="twirl")
@@ -372,7 +372,7 @@ def test_failed_checkpoint_write_keeps_the_previous_one(tmp_path, monkeypatch, f
     assert [row["epoch"] for row in continued.report["epochs"]] == [1, 2, 3]
     assert continued.report["epochs"] == grown(epochs=3).report["epochs"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(AnybitError, match=r"cannot be written: .*Make room, or choose another folder="):
+    with pytest.raises(AnybitError, match=r"cannot be written: .*is not a folder. Choose another checkpoint="):
         grown(tmp_path / "file" / "checkpoint.safetensors", epochs=1)
 
 

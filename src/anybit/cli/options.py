@@ -78,18 +78,21 @@ class Verb:
             from anybit.files.config import read_options
 
             values = read_options(self.value("config", written), self.options, list(self.groups.values()), "--config")
-        for name, text in written.items():
-            if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
-                values[name] = self.options[name].from_text(text, self.options[name].written)
-        return values
+        on_line = {
+            name: self.options[name].from_text(text, self.options[name].written)
+            for name, text in written.items()
+            if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        }
+        replaced = {"budget", "scheme"} if on_line.keys() & {"budget", "scheme"} else set()  # each stands for the other
+        return {name: value for name, value in values.items() if name not in replaced} | on_line
 
     def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the function's arguments. Raises InvalidSetting if an option is missing or invalid."""
+        for name in values:
+            self.value(name, values)
         for name, one in self.options.items():
             if one.default is MISSING and name not in values:
                 raise InvalidSetting(f"{one.written} is missing. `anybit {self.function.__name__} --help` lists the options.")
-        for name in values:
-            self.value(name, values)
         named = [name for name in inspect.signature(self.function).parameters if name not in self.groups]
         known = {name: {key: values[key] for key in options_of(kind) if key in values} for name, kind in self.groups.items()}
         groups = {name: kind.of(**known[name]) for name, kind in self.groups.items()}
@@ -118,6 +121,8 @@ def as_parameter(one: Option) -> inspect.Parameter:
     kind, default, flag = without_none(one.kind), one.default_text, one.written
     if one.text is not None:
         kind = list[str] if one.repeat else str
+    elif one.is_number:  # read by the option, whose errors name the range
+        kind = str
     elif kind is bool and not one.switch:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     common: dict[str, Any] = {"help": one.doc, "hidden": one.rare}

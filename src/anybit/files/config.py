@@ -18,7 +18,7 @@ def read_options(path: Path, options: Mapping[str, Option], kinds: Sequence[type
     where = f"{who} {path}: "
     known = {written: name for name, one in options.items() for written in (name, one.written.strip("-").replace("-", "_"))}
     values: dict[str, Any] = {}
-    for key, value in _items(_content(path, kinds, where), {name for kind in kinds for name in inner_settings(kind)}):
+    for key, value in _items(_content(path, options, kinds, where), {name for kind in kinds for name in inner_settings(kind)}):
         check_known([key.replace("-", "_")], known, where)
         name = known[key.replace("-", "_")]
         value = _from_file(options[name], value, f"{where}{name}")
@@ -27,18 +27,31 @@ def read_options(path: Path, options: Mapping[str, Option], kinds: Sequence[type
     return values
 
 
-def _content(path: Path, kinds: Sequence[type[Settings]], where: str) -> Mapping[str, Any]:
+def _content(path: Path, options: Mapping[str, Option], kinds: Sequence[type[Settings]], where: str) -> Mapping[str, Any]:
     if path.suffix == ".toml":
         try:
             return tomllib.loads(read_bytes(path).decode("utf8"))
         except ValueError as error:
             raise InvalidSetting(f"{where}it is not valid TOML: {error}.") from error
     data = parse_json(read_bytes(path), str(path))
-    if isinstance(data, dict) and "version" in data and kinds:
-        data = kinds[0].recorded(data)
+    if isinstance(data, dict) and "version" in data:
+        data = _recorded(data, options, kinds)
     if not isinstance(data, dict):
         raise InvalidSetting(f"{where}it holds no settings. Name a file of option: value, or the report.json of a run.")
     return data
+
+
+def _recorded(report: Mapping[str, Any], options: Mapping[str, Option], kinds: Sequence[type[Settings]]) -> Any:
+    """Return the options of a finished run that its report holds: settings and budgets, if the verb takes any."""
+    settings = kinds[0].recorded(report) if kinds else {}
+    if "budget" not in options or not isinstance(settings, dict):
+        return settings
+    of_run = report["search"] if isinstance(report.get("search"), dict) else report
+    several = of_run.get("budgets")
+    budgets = list(several) if isinstance(several, dict) else [one for one in [of_run.get("budget")] if one is not None]
+    if not budgets:
+        return settings
+    return {**settings, "budget": budgets if options["budget"].repeat else budgets[0]}
 
 
 def _items(data: Mapping[str, Any], inner: set[str]) -> list[tuple[str, Any]]:

@@ -112,8 +112,8 @@ def calibrate(
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
     options = CalibrateSettings.of(**settings)
-    several = isinstance(budget, Sequence) and not isinstance(budget, str)
-    asked = list(budget) if isinstance(budget, Sequence) and not isinstance(budget, str) else [budget]
+    several = isinstance(budget, Sequence) and not isinstance(budget, (str, bytes, bytearray))
+    asked: list[Any] = list(budget) if isinstance(budget, Sequence) and several else [budget]
     if not asked:
         raise InvalidSetting("budget is an empty list. Give budgets, such as ['4bit', '3bit'], or none to keep 8 bits where possible.")
     budgets = [None] if budget is None else list(parse_budgets(one for one in asked if one is not None))

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from anybit.allocation.choice import fits_budget
-from anybit.budget import BYTES, PERCENT, Budget, check_is_counted, cost_quantities, own_costs
+from anybit.budget import BYTES, PERCENT, Budget, check_is_counted, cost_quantities, own_costs, parse_budgets
 from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples
@@ -313,7 +313,7 @@ def search(
     """
     options = SearchSettings.of(**settings)
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
-    budgets = [Budget.parse(one) for one in ([budget] if isinstance(budget, (str, Budget)) else budget)]
+    budgets = parse_budgets([budget] if isinstance(budget, (str, bytes, Budget)) else budget)
     samples = supernet_data(run, supernet, data, workers).on(device)
     supernet = supernet_with_latencies(supernet, samples, budgets)
     for one in budgets:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, default_collate
 
-from anybit.data.batches import Batch, check_plain, evaluating, predict, stacked, tensors_in
+from anybit.data.batches import Batch, check_finite, check_plain, evaluating, predict, stacked, tensors_in
 from anybit.data.options import TEXT_SUFFIXES, parse_columns
 from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.readers import token_reader
@@ -289,11 +289,12 @@ def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> 
 
 @torch.no_grad()
 def check_outputs(model: nn.Module, batch: Batch) -> None:
-    """Raise UnsupportedModel if the model's outputs are NaN or infinite, naming the weight if one is."""
+    """Raise UnsupportedModel if the model's outputs are NaN or infinite, naming the weight if one is; InvalidInput if an input is."""
     with evaluating(model):
         outputs = predict(copied(model), batch)
     if not torch.isfinite(outputs).all():
         check_finite_weights(model)
+        check_finite([batch])
         raise UnsupportedModel("The network's outputs are NaN or infinite on the first inputs. Check the network and the data.")
 
 
