@@ -1,5 +1,7 @@
 """Image folders: every mode and orientation, classes numbered consistently, sizes within limits."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -168,3 +170,25 @@ def test_rejects_image_larger_than_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(InvalidInput, match=r"a\.png cannot be read as an image: .*pixels"):
         read_image(save(tmp_path / "a.png"), Preprocessing())
+
+
+def test_a_pipe_named_like_an_image_is_no_image(tmp_path):
+    """Reading one would wait for ever."""
+    save(tmp_path / "a" / "one.png")
+    os.mkfifo(tmp_path / "a" / "zz.png")
+    assert len(load_data(str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("option", ["size", "resize"])
+def test_images_that_take_gigabytes_are_refused(tmp_path, option):
+    save(tmp_path / "one.png")
+    with pytest.raises(InvalidSetting, match=rf"--{option} 16384 .* 3\.0 GiB"):
+        load_data(str(tmp_path), Preprocessing(**{option: 16384}))
+
+
+def test_batches_of_images_that_take_gigabytes_are_refused(tmp_path):
+    for index in range(20):
+        save(tmp_path / f"{index}.png")
+    samples = load_data(str(tmp_path), Preprocessing(size=5000)).subset(range(20))
+    with pytest.raises(InvalidSetting, match="smaller --batch-size or --size"):
+        next(samples.batches(128))

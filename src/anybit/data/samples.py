@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from anybit.data.batches import Batch, Reader, padded, stacked
-from anybit.data.reading import Batches, length_of, loaded, name_of, reading
+from anybit.data.reading import Batches, length_of, loaded, name_of, reading, whole
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.files.contents import contents_of
+
+BATCH_BYTES = 2**32
+"""Most bytes of a batch of images, whose size is an option."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Samples:
     the result of a custom `collate`, if their order does not say it. `loading` are further arguments for the DataLoader; `reader` reads the
     model's output for these samples. `black` is the value of a black pixel in each channel, or in all, if known. An array data set returns
     whole batches through `__getitems__`. `name` is the data set's name in messages.
-    `classes`: labels are class numbers, although they are stored as floats or in a column.
+    `classes`: labels are class numbers, although they are stored as floats or in a column; `one_hot`: they are zeros and a one for each
+    class, along this dimension of a batch's labels.
     """
 
     dataset: Dataset | Sequence
@@ -40,6 +44,7 @@ class Samples:
     black: tuple[float, ...] | None = None
     name: str = ""
     classes: bool = False
+    one_hot: int | None = None
 
     def __len__(self) -> int:
         return length_of(self.dataset, self.name)
@@ -57,12 +62,19 @@ class Samples:
         break on batches of one (`squeeze()`)."""
         if size < 1 or self.workers < 0:
             raise InvalidSetting(f"batch size {size} must be at least 1 and workers {self.workers} at least 0.")
+        needed = min(size, len(self)) * getattr(whole(self.dataset)[0], "sample_bytes", 0)
+        if needed > BATCH_BYTES:
+            raise InvalidSetting(
+                f"A batch of {min(size, len(self))} such images takes {needed / 2**30:.1f} GiB. Give a smaller --batch-size or --size."
+            )
         generator = torch.Generator().manual_seed(self.seed)
         batches = Batches(self.dataset, _parts(len(self), size), self._collate, self.name)
         for batch in loaded(batches, self.workers, generator=generator, **self.loading):
             labels, reader = batch.labels if self.labelled else None, batch.reader or self.reader
             if reader is not None and labels is not None:
                 labels = reader.align(labels, batch)
+            if self.one_hot is not None and labels is not None:
+                labels = from_one_hot(labels, self.one_hot)
             if self.classes and labels is not None:
                 labels = class_numbers(labels)
             yield replace(batch, labels=labels, reader=reader).to(self.device)
@@ -118,12 +130,28 @@ def have_form_of_classes(labels: Tensor, outputs: Tensor) -> bool:
     return in_column or (labels.dim() == outputs.dim() - 1 and labels.is_floating_point())
 
 
+def are_one_hot(labels: Tensor | np.ndarray, dimension: int) -> bool:
+    """Return whether labels are zeros and one one along this dimension."""
+    ones = labels == 1
+    return bool(((labels == 0) | ones).all() and (ones.sum(dimension) == 1).all())
+
+
+def from_one_hot(labels: Tensor, dimension: int) -> Tensor:
+    """Return the class numbers of one-hot labels. Raises InvalidInput if some have no class, or several."""
+    if not are_one_hot(labels, dimension):
+        raise InvalidInput(
+            "Labels are read as one-hot, by the task or because the first ones are, but later ones have no class or several. Give each "
+            "one class, or name the task of independent labels: --task multi-label."
+        )
+    return (labels == 1).long().argmax(dimension)
+
+
 def class_numbers(labels: Tensor) -> Tensor:
     """Return class numbers as int64, without the dimension of a column. Raises InvalidInput for fractions, NaN and numbers beyond 2^53."""
     if (wrong := fractions(labels)).any():
         raise InvalidInput(
             f"A label is {float(labels[wrong][0]):g}, and labels are read as class numbers, by the task or because the first ones "
-            "are whole. Give whole numbers, or name the task of such labels (--task regression)."
+            "are whole. Give whole numbers, or leave such samples out."
         )
     return (labels[:, 0] if labels.dim() > 1 and labels.shape[1] == 1 else labels).long()
 

@@ -95,8 +95,8 @@ class Classification(Task):
             raise InvalidInput(_not_rows_of_scores(outputs))
         if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
             raise InvalidInput(
-                f"Class labels are integers, one per sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}. Name their "
-                "--task (segmentation, multi-label, regression), or score them with --metric."
+                f"Class labels are integers, one per sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}. "
+                f"{_other_tasks(outputs, labels)}"
             )
         if labels.min() < 0 or labels.max() >= outputs.shape[-1]:
             raise InvalidInput(
@@ -194,8 +194,8 @@ class Regression(Task):
             raise InvalidInput(_not_rows_of_scores(outputs))
         if outputs.numel() != labels.numel():
             raise InvalidInput(
-                f"Labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}. Give one number for each "
-                "output, name their --task, or score them with --metric."
+                f"Labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}, each with one label. "
+                f"{_other_tasks(outputs, labels)}"
             )
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -225,21 +225,26 @@ class Detection(Regression):
 
 class MultiLabel(Task):
     """Logits or probabilities [N, labels] of independent labels: f1 and exact (all labels of a sample right) in percent, and loss (binary
-    cross-entropy)."""
+    cross-entropy). Labels that are IGNORED or VOID are ignored, as those of pixels in a binary segmentation [N, 1, H, W]."""
 
     name, distance, counted = "multi-label", BINARY_DIVERGENCE, "f1"
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
-        if outputs.numel() != labels.numel() or not ((labels == 0) | (labels == 1)).all():
+        scored = labels[_is_scored(labels)]
+        if outputs.numel() != labels.numel() or not ((scored == 0) | (scored == 1)).all():
             raise InvalidInput(
                 f"Several labels per sample are zeros and ones {list(outputs.shape)}, one per output; these are {labels.dtype} of shape "
-                f"{tuple(labels.shape)} from {labels.min():g} to {labels.max():g}."
+                f"{tuple(labels.shape)} from {labels.min():g} to {labels.max():g}. {_other_tasks(outputs, labels)}"
             )
+        if not len(scored):
+            raise InvalidInput(f"Every label is {IGNORED} or {VOID}, so there is nothing to score. Give some labels.")
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        predicted, exported = outputs > (0.5 if lie_in_unit_interval(outputs) else 0), labels.reshape(outputs.shape).bool()
-        both, either = int((predicted & exported).sum()), int(predicted.sum() + exported.sum())
-        exact = 100 * float((predicted == exported).reshape(len(outputs), -1).all(1).double().mean())
+        labels = labels.reshape(outputs.shape)
+        scored = _is_scored(labels)
+        predicted, expected = (outputs > (0.5 if lie_in_unit_interval(outputs) else 0)) & scored, (labels == 1) & scored
+        both, either = int((predicted & expected).sum()), int(predicted.sum() + expected.sum())
+        exact = 100 * float((predicted == expected).reshape(len(outputs), -1).all(1).double().mean())
         return {"f1": 200 * both / either if either else 100.0, "exact": exact, "loss": float(self.loss(outputs.double(), labels))}
 
     def check_trains_on_labels(self) -> None:
@@ -247,9 +252,10 @@ class MultiLabel(Task):
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         labels = labels.reshape(outputs.shape).to(outputs.dtype)
+        scored = _is_scored(labels)
         if lie_in_unit_interval(outputs.detach()):
-            return F.binary_cross_entropy(outputs, labels)
-        return F.binary_cross_entropy_with_logits(outputs, labels)
+            return F.binary_cross_entropy(outputs[scored], labels[scored])
+        return F.binary_cross_entropy_with_logits(outputs[scored], labels[scored])
 
 
 class Segmentation(Task):
@@ -264,7 +270,7 @@ class Segmentation(Task):
         if outputs.dim() < 3 or labels.is_floating_point() or _as_masks(labels, outputs).dim() != outputs.dim() - 1:
             raise InvalidInput(
                 f"Segmentation labels are integers {expected}, for logits [N, classes, H, W]; these are {labels.dtype} of shape "
-                f"{tuple(labels.shape)}, and the outputs have shape {tuple(outputs.shape)}."
+                f"{tuple(labels.shape)}, and the outputs have shape {tuple(outputs.shape)}. {_other_tasks(outputs, labels)}"
             )
         masks, classes = _as_masks(labels, outputs), outputs.shape[1]
         masks = masks[_is_scored(masks, classes)]
@@ -305,7 +311,7 @@ class Segmentation(Task):
         return Classification().loss(*self._at_labels(outputs, labels))
 
 
-def _is_scored(masks: Tensor, classes: int) -> Tensor:
+def _is_scored(masks: Tensor, classes: int = 2) -> Tensor:
     """Return which places have a label, bool in the masks' shape."""
     return (masks != IGNORED) & ((masks != VOID) | (classes > VOID))
 
@@ -375,6 +381,19 @@ class SeveralOutputs(Task):
         return self.first.loss(self.judged(outputs), labels)
 
 
+def _other_tasks(outputs: Tensor, labels: Tensor) -> str:
+    """Return advice on labels that do not fit a task: the tasks whose labels have this form."""
+    whole = not labels.is_floating_point()
+    fitting = {
+        "segmentation": whole and outputs.dim() > 2 and _as_masks(labels, outputs).shape == (len(outputs), *outputs.shape[2:]),
+        "token-classification": whole and outputs.dim() == 3 and labels.shape == outputs.shape[:2],
+        "multi-label": labels.numel() == outputs.numel() and bool(((labels == 0) | (labels == 1)).all()),
+        "regression": labels.numel() == outputs.numel(),
+    }
+    names = ", ".join(name for name, fits in fitting.items() if fits)
+    return f"Name their --task ({names}), or score them with --metric." if names else "Give others, or score these with --metric."
+
+
 # Outputs
 
 
@@ -436,8 +455,11 @@ def guess_task(outputs: Tensor, reader: Reader | None = None, labels: Tensor | N
 def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
     """Return the task that fits these labels, or None."""
     shapes = f"labels {list(labels.shape)} of outputs {list(outputs.shape)}"
+    if labels.is_complex():
+        return None
     whole = not labels.is_floating_point()
-    ones = labels.numel() == outputs.numel() and bool(((labels == 0) | (labels == 1)).all() and labels.min() < labels.max())
+    scored = labels[_is_scored(labels)]
+    ones = labels.numel() == outputs.numel() and bool(((scored == 0) | (scored == 1)).all() and len(scored.unique()) == 2)
     likely = {
         "classification": whole and labels.dim() == 1 and outputs.dim() == 2 and outputs.shape[1] > 1,
         "token-classification": whole and outputs.dim() == 3 and labels.shape == outputs.shape[:2] and labels.dim() == 2,
@@ -457,7 +479,11 @@ def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
             if name != "classification":  # no other task has such labels: out-of-range class numbers are errors
                 TASKS[name].check(outputs, labels)
             return Guess(name, f"{shapes}, {reasons[name]}")
-    return None
+    of_form = {
+        "token-classification": likely["token-classification"],
+        "segmentation": likely["segmentation"] and _as_masks(labels, outputs).shape == (len(outputs), *outputs.shape[2:]),
+    }
+    return next((Guess(name, f"{shapes}, {reasons[name]}") for name, fits in of_form.items() if fits), None)  # whose values are wrong
 
 
 def _guess_by_values(outputs: Tensor, classes: int | None = None) -> Guess:
@@ -578,6 +604,8 @@ def places(outputs: Tensor, labels: Tensor) -> Tensor:
 
 def check_labels(outputs: Tensor, labels: Tensor, task: str | Task) -> None:
     """Raise InvalidInput if `labels` cannot be labels of such `outputs`."""
+    if labels.is_complex():
+        raise InvalidInput(f"The labels are complex numbers ({labels.dtype}), which no task has. Give real ones, or score with --metric.")
     named_task(task).check(outputs, labels)
 
 
@@ -687,7 +715,11 @@ class LabelledOutputs:
         for name, value in result.items():
             if isinstance(value, float) and not math.isfinite(value):
                 wrong = (~torch.isfinite(self.outputs.reshape(len(self.outputs), -1)).all(1)).nonzero().flatten().tolist()
-                which = f": the outputs are NaN or infinite on {len(wrong)} {unit}, the first is {wrong[0]}" if wrong else ""
+                what = "outputs"
+                if not wrong:
+                    what = "labels"
+                    wrong = (~torch.isfinite(self.labels.reshape(len(self.labels), -1)).all(1)).nonzero().flatten().tolist()
+                which = f": the {what} are NaN or infinite on {len(wrong)} {unit}, the first is {wrong[0]}" if wrong else ""
                 raise InvalidInput(f"The score {name} is {value}{which}. Check the network and the data.")
         return result
 

@@ -46,9 +46,12 @@ def unpack(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Return the integers that `pack` wrote, int8 [count]. The stream must have exactly their length."""
     if stream.size != packed_bytes(count, bits):
         raise InvalidFile(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, but {stream.size} are there.")
-    fields = np.packbits(np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits), axis=1, bitorder="little")
+    # Eight codes fill `bits` bytes: each such group in a word of 64 bits, its codes by shifts.
+    words = np.zeros((-(-count // 8), 8), np.uint8)
+    words[:, :bits] = np.pad(stream, (0, len(words) * bits - stream.size)).reshape(-1, bits)
+    fields = words.view("<u8") >> np.arange(0, 8 * bits, bits, dtype=np.uint64) & np.uint64(2**bits - 1)
     sign = 2 ** (bits - 1)
-    return ((fields[:, 0].astype(np.int16) ^ sign) - sign).astype(np.int8)
+    return ((fields.reshape(-1)[:count].astype(np.int16) ^ sign) - sign).astype(np.int8)
 
 
 def packed_bytes(count: int, bits: int) -> int:

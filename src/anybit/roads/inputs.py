@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, join
 from anybit.data.samples import Calibration, Samples
-from anybit.data.tasks import Metric, Task, check_metric
+from anybit.data.tasks import Metric, Task, check_labels, check_metric
 from anybit.errors import InvalidInput, InvalidSetting, naming
 from anybit.files.whole import check_place
 from anybit.loops.processes import join_processes
@@ -89,9 +90,9 @@ def labels_fit(outputs: Tensor, labels: Tensor, task: Task, needed: bool) -> boo
     """Return whether the labels fit the task. If not, raise InvalidInput if they are `needed`, or if they are class numbers that the
     network lacks, which is always a mistake; otherwise leave a note."""
     try:
-        task.check(outputs, labels)
+        check_labels(outputs, labels, task)
     except InvalidInput as error:
-        if needed or (task.of_one_class and labels.dim() == 1):
+        if needed or (task.of_one_class and labels.dim() == 1 and labels.dtype == torch.int64):
             raise
         tell("note", note=f"the labels of the data are not used in this run: {str(error).rstrip('.')}")
         return False

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anybit.data.batches import check_plain
-from anybit.data.samples import ArrayDataset, NamedArrays, Samples
+from anybit.data.samples import ArrayDataset, NamedArrays, Samples, are_one_hot
 from anybit.errors import InvalidFile, InvalidInput
 from anybit.files.strict import in_words
 from anybit.sources.preprocessing import Preprocessing
@@ -58,14 +58,16 @@ def samples_of_arrays(
     y = None if y is None else _labels(_numbers(y, "y", where), where)
     lengths = {len(array) for array in (*arrays.values(), *(() if y is None else (y,)))}
     if len(lengths) > 1:
-        counts = ", ".join(f"{len(array)} {name}" for name, array in arrays.items())
+        counts = ", ".join(f"{len(array)} {f'in element {name}' if name.isdigit() else name}" for name, array in arrays.items())
         raise InvalidInput(f"{where}{counts}" + ("" if y is None else f" and {len(y)} labels") + " are there. Give as many of each.")
+    one_hot = 1 if y is not None and y.ndim == 2 and len(y) and are_one_hot(y, 1) else None
     mean, std = preprocessing.mean, preprocessing.std
     alone = set(arrays) == {"x"}
     if not alone:
-        return Samples(NamedArrays(arrays, y, mean, std), y is not None, workers)
+        return Samples(NamedArrays(arrays, y, mean, std), y is not None, workers, one_hot=one_hot)
     pixels = arrays["x"].dtype == np.uint8 or mean is not None  # others may already be normalized
-    return Samples(ArrayDataset(arrays["x"], y, mean, std), y is not None, workers, black=preprocessing.black if pixels else None)
+    black = preprocessing.black if pixels else None
+    return Samples(ArrayDataset(arrays["x"], y, mean, std), y is not None, workers, black=black, one_hot=one_hot)
 
 
 def array_of(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -90,16 +92,12 @@ def _numbers(array: np.ndarray, name: str, where: str) -> np.ndarray:
 
 
 def _labels(y: np.ndarray, where: str) -> np.ndarray:
-    """Return labels [N, 1] as [N], and one-hot ones [N, classes] as the classes' numbers."""
+    """Return labels [N, 1] as [N], others unchanged. Raises InvalidInput for NaN, infinity and numbers beyond 64 bits."""
     if y.dtype.kind in "fc" and not np.isfinite(y).all():
         raise InvalidInput(f"{where}y holds NaN or infinity ({int((~np.isfinite(y)).sum())} numbers). Leave such samples out.")
     if y.dtype.kind == "u" and y.dtype.itemsize == 8 and y.size and y.max() >= 2**63:
         raise InvalidInput(f"{where}y holds {y.max()}, which exceeds signed 64 bits. Number the classes from 0.")
-    if y.ndim == 2 and y.shape[1] == 1:
-        return y[:, 0]
-    if y.ndim == 2 and len(y) and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
-        return y.argmax(1)
-    return y
+    return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
 def _keys(stored: Sequence[str], subset: str, taken: Sequence[str]) -> dict[str, str]:

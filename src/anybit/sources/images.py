@@ -1,5 +1,6 @@
 """Folders of images: their files, classes, and reading."""
 
+import math
 import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from anybit.errors import InvalidInput, some
+from anybit.errors import InvalidInput, InvalidSetting, some
 from anybit.files.cache import digest_of_files
 from anybit.files.contents import contents_of
 from anybit.files.strict import in_words
@@ -21,7 +22,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".ti
 DIGITS = 9
 """Digits of the largest class number."""
 PIXELS = 2**25
-"""Limit for an image whose short side is resized: a file of a few bytes can claim a strip that becomes gigabytes."""
+"""Limit for a resized image: a file of a few bytes can claim a strip that becomes gigabytes."""
 
 
 class ImageFolder(Dataset):
@@ -29,6 +30,7 @@ class ImageFolder(Dataset):
 
     def __init__(self, root: Path, preprocessing: Preprocessing):
         import_optional("PIL.Image", "pillow", f"The folder of images {root}")
+        _check_size(preprocessing)
         self.preprocessing = preprocessing
         files = _images(root)
         if not files:
@@ -40,6 +42,11 @@ class ImageFolder(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
+    @property
+    def sample_bytes(self) -> int:
+        """Return the bytes of an image of `--size`; 0 if each has its own size."""
+        return 12 * (self.preprocessing.size or 0) ** 2
+
     def contents_digest(self) -> str:
         """Return a SHA-256 over the files, their classes and the preprocessing."""
         return contents_of([digest_of_files([path for path, _ in self.items]), [label for _, label in self.items], self.preprocessing])
@@ -50,8 +57,21 @@ class ImageFolder(Dataset):
         return (image, label) if self.labelled else image
 
 
+def _check_size(preprocessing: Preprocessing) -> None:
+    """Raise InvalidSetting if every resized image would exceed PIXELS."""
+    for name in ("size", "resize"):
+        side = getattr(preprocessing, name) or 0
+        if side**2 > PIXELS:
+            raise InvalidSetting(
+                f"--{name} {side} makes images of {side} x {side} pixels, {12 * side**2 / 2**30:.1f} GiB each. Give at most "
+                f"{math.isqrt(PIXELS)}."
+            )
+
+
 def _images(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
+    """List the images below a folder, and broken links; a pipe would never end."""
+    named = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in named if path.is_file() or not path.exists())
 
 
 def _class_folders(root: Path, files: Iterable[Path]) -> set[str]:
@@ -155,7 +175,7 @@ def _resized(image: Any, preprocessing: Preprocessing, path: Path) -> Any:
     if preprocessing.resize:
         share = preprocessing.resize / min(image.size)
         sides = round(image.width * share), round(image.height * share)
-        if sides[0] * sides[1] > max(PIXELS, preprocessing.resize**2):
+        if sides[0] * sides[1] > PIXELS:
             raise InvalidInput(
                 f"{path} is {image.width} x {image.height} pixels and would be {sides[0]} x {sides[1]} with a short side of "
                 f"{preprocessing.resize}. Crop or remove it, or give --size without --resize."

@@ -16,7 +16,7 @@ from anybit.data.options import TEXT_SUFFIXES, parse_columns
 from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.readers import token_reader
 from anybit.data.reading import elements_of, item_of, length_of
-from anybit.data.samples import NamedArrays, Samples, fractions, have_form_of_classes
+from anybit.data.samples import NamedArrays, Samples, are_one_hot, fractions, have_form_of_classes
 from anybit.data.texts import read_rows
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel, naming, some
 from anybit.networks.copies import copied
@@ -25,7 +25,7 @@ from anybit.progress import tell
 from anybit.sources.arrays import array_of, names_of_inputs, read_samples, samples_of_arrays
 from anybit.sources.callables import call_user_function, import_optional, load_callable
 from anybit.sources.images import ImageFolder
-from anybit.sources.items import is_batch, read_items, rows_of, runs, samples_of_items
+from anybit.sources.items import as_column, is_batch, read_items, rows_of, runs, samples_of_items
 from anybit.sources.models import huggingface, is_transformers
 from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import check_data, split_subset
@@ -110,7 +110,7 @@ def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | No
         return _samples_of_loader(data, workers, model, most)
     if _is_array(data):
         return samples_of_arrays({"x": array_of(data)}, None, workers)
-    columns = data if isinstance(data, Mapping) else dict(enumerate(data)) if isinstance(data, tuple) and len(data) > 1 else {}
+    columns = _columns_of(data)
     if columns and all(map(_is_array, columns.values())):
         if any(len(array) == 0 for array in columns.values() if array.ndim):
             raise InvalidInput("The data set is empty.")
@@ -144,6 +144,17 @@ def _samples_by_names(samples: Samples, model: nn.Module | None) -> Samples:
     if form.note:
         tell("note", note=form.note)
     return replace(samples, labelled=form.label is not None, split=form)
+
+
+def _columns_of(data: Any) -> Mapping[Any, Any]:
+    """Return the columns of a mapping or a tuple, where lists of numbers beside an array are arrays, too; {} for other data."""
+    if isinstance(data, Mapping):
+        return data
+    if not isinstance(data, tuple) or len(data) < 2:
+        return {}
+    if not _is_array(data[0]):
+        return dict(enumerate(data))
+    return {place: part if (array := as_column(part)) is None else array for place, part in enumerate(data)}
 
 
 def _is_array(data: Any) -> bool:
@@ -270,6 +281,8 @@ def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> 
     """Return the samples with labels as whole numbers, if the first are class numbers stored as floats or in a column."""
     if not samples.labelled:
         return samples
+    if task not in OF_CLASSES or (samples.reader and samples.reader.task not in OF_CLASSES):
+        return replace(samples, one_hot=None)
     batches = list(samples.subset(range(min(FIRST_LABELS, len(samples)))).batches(2))
     try:
         with evaluating(model):
@@ -278,13 +291,32 @@ def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> 
         return samples
     outputs = samples.reader.split(outputs)[0] if isinstance(samples.reader, OutputReader) else outputs
     labels = [batch.labels for batch in batches if batch.labels is not None]
-    if not labels or task not in OF_CLASSES or (samples.reader and samples.reader.task not in OF_CLASSES):
+    if not labels:
         return samples
+    dimension = _one_hot_dimension(labels, outputs, task)
+    if dimension is not None:
+        tell("note", note=f"labels {list(labels[0].shape)} are one-hot: they are read as class numbers (not with --task multi-label)")
+        return replace(samples, one_hot=dimension)
     if not have_form_of_classes(labels[0], outputs) or (task is None and any(fractions(one).any() for one in labels)):
         return samples
     if labels[0].is_floating_point() and task is None:
         tell("note", note="labels are whole numbers stored as floats, one for each row of outputs: they are read as class numbers")
     return replace(samples, classes=True)
+
+
+def _one_hot_dimension(labels: Sequence[torch.Tensor], outputs: torch.Tensor, task: str | None) -> int | None:
+    """Return the dimension along which all these labels are one-hot, if the outputs have scores of as many classes along it; else None.
+
+    Rows of zeros and a one are class numbers only by name of the task: the first of several labels per sample may look alike.
+    """
+    dimension = {"segmentation": 1, "token-classification": outputs.dim() - 1}.get(task or "", 1)
+    least = 3 if task is None or task == "token-classification" else 2
+    if outputs.dim() == 3 and task is None:
+        dimension = 2 if all(one.dim() == 3 and are_one_hot(one, 2) for one in labels) else 1
+    if outputs.dim() < least or any(one.dim() != outputs.dim() or one.is_complex() for one in labels) or outputs.shape[dimension] < 2:
+        return None
+    fits = all(one.shape[dimension] == outputs.shape[dimension] and are_one_hot(one, dimension) for one in labels)
+    return dimension if fits else None
 
 
 @torch.no_grad()

@@ -278,6 +278,16 @@ def _is_label(part: Any) -> bool:
     return _is_data(part) and not isinstance(_as_label(part), (tuple, list))
 
 
+def as_column(part: Any) -> np.ndarray | None:
+    """Return a list or tuple of numbers, or of equally long lists of them, as an array; None for anything else."""
+    if not isinstance(part, (list, tuple)) or not _is_data(part) or isinstance(part[0], (Tensor, np.ndarray)):
+        return None
+    with suppress(ValueError, OverflowError):
+        array = np.asarray(part)
+        return array if array.dtype.kind in "biufc" else None
+    return None
+
+
 def rows_of(batches: Iterable[Any]) -> list[Any]:
     """Split batches into their samples. Raises InvalidInput if the tensors of one differ in their first dimension."""
     rows: list[Any] = []

@@ -1,0 +1,160 @@
+"""Labels in any of their usual forms: one-hot, in lists, with ignored pixels; and those that no task has, refused by a true sentence."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import anybit
+from anybit.data.tasks import guess_task, score
+from anybit.errors import InvalidInput
+from anybit.progress import listening
+
+N, C = 24, 4
+DRAW = torch.Generator().manual_seed(0)
+X, IMAGES = torch.randn(N, 6, generator=DRAW), torch.randn(N, 1, 4, 6, generator=DRAW)
+QUICK = {"pipeline": "light", "solver": "none", "bn_tuning": False, "weight_bits": (4, 8), "activation_bits": (8,), "cache": False}
+
+
+def net(outputs=C):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, outputs)).eval()
+
+
+def pixels(outputs=C):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, outputs, 1)).eval()
+
+
+@pytest.fixture(scope="module")
+def classes():
+    with torch.no_grad():
+        return net()(X).argmax(1)
+
+
+@pytest.fixture(scope="module")
+def masks():
+    with torch.no_grad():
+        return pixels()(IMAGES).argmax(1)
+
+
+def notes_of(work):
+    notes = []
+    with listening(events=lambda event, fields: notes.append(str(fields.get("note", "")))):
+        work()
+    return " ".join(notes)
+
+
+def refusal(work):
+    with pytest.raises(InvalidInput) as refused:
+        work()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", [lambda *data: data, TensorDataset], ids=["arrays", "data set"])
+@pytest.mark.parametrize("task", [None, "segmentation"])
+def test_one_hot_masks_are_class_maps(masks, kind, task):
+    one_hot = F.one_hot(masks, C).movedim(-1, 1)
+    for labels in (one_hot, one_hot.float(), one_hot.bool()):
+        assert anybit.evaluate(pixels(), kind(IMAGES, labels), task=task) == anybit.evaluate(pixels(), (IMAGES, masks))
+    assert "f1" in anybit.evaluate(pixels(), kind(IMAGES, one_hot), task="multi-label")
+
+
+def test_a_later_mask_that_is_not_one_hot_is_named(masks):
+    one_hot = F.one_hot(masks, C).movedim(-1, 1)
+    one_hot[20] = 0
+    assert "no class or several" in refusal(lambda: anybit.evaluate(pixels(), (IMAGES, one_hot)))
+
+
+def test_rows_of_a_data_set_that_begin_one_hot_are_several_labels(classes):
+    """Of arrays all rows are looked at; of a data set only the first, where a few labels may look like classes."""
+    one_hot = F.one_hot(classes, C)
+    assert "top1" in anybit.evaluate(net(), (X, one_hot))
+    assert "top1" in anybit.evaluate(net(), TensorDataset(X, one_hot), task="classification")
+    one_hot[20] = 1
+    assert "f1" in anybit.evaluate(net(), TensorDataset(X, one_hot)) and "f1" in anybit.evaluate(net(), (X, one_hot))
+
+
+@pytest.mark.parametrize(("task", "key"), [("multi-label", "f1"), ("regression", "loss"), ("classification", "top1")])
+def test_a_named_task_reads_one_hot_arrays_as_it_needs_them(classes, task, key):
+    one_hot = F.one_hot(classes, C)
+    scores = anybit.evaluate(net(), (X, one_hot), task=task)
+    assert key in scores and ("top1" in scores) == (task == "classification")
+    report = anybit.calibrate(net(), (X, one_hot), "6bit", test=(X, one_hot), task=task, **QUICK).report
+    assert key in report["test"]
+
+
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_pixels_of_one_logit_may_be_ignored(ignored):
+    outputs = pixels(1)(IMAGES).detach()
+    labels = (outputs > 0).long()
+    labels[:, :, 0] = ignored
+    for form in (labels, labels[:, 0], labels.float()):
+        scores = anybit.evaluate(pixels(1), TensorDataset(IMAGES, form))
+        assert scores["f1"] == scores["exact"] == 100 and scores["loss"] < 1
+    rest = score(outputs[:, :, 1:], labels[:, :, 1:], "multi-label")
+    assert score(outputs, labels, "multi-label") == pytest.approx(rest)
+    grown = anybit.grow(pixels(1), TensorDataset(IMAGES, labels), "6bit", epochs=1)
+    assert grown.report["epochs"][0]["loss"] < 2
+    labels[:] = ignored
+    assert "nothing to score" in refusal(lambda: anybit.evaluate(pixels(1), TensorDataset(IMAGES, labels), task="multi-label"))
+
+
+def test_wrong_values_of_the_right_shape_are_named(masks):
+    one = masks.clone()
+    one[0, 0, 0] = C
+    assert "from 0 to 4, but the model has 4 classes" in refusal(lambda: anybit.evaluate(pixels(), (IMAGES, one)))
+    for ignored in (-100, 255):
+        assert "nothing to score" in refusal(lambda ignored=ignored: anybit.evaluate(pixels(), (IMAGES, torch.full_like(masks, ignored))))
+    tokens = torch.full((N, 7), -100)
+    assert guess_task(torch.randn(N, 7, 5), None, tokens).task == "token-classification"
+    assert "No token has a label" in refusal(lambda: score(torch.randn(N, 7, 5), tokens, "token-classification"))
+
+
+@pytest.mark.parametrize(
+    "run", [anybit.evaluate, lambda model, data: anybit.calibrate(model, X, "6bit", test=data, **QUICK)], ids=["data", "test"]
+)
+def test_complex_labels_are_refused(classes, run):
+    assert "complex" in refusal(lambda: run(net(), TensorDataset(X, classes.to(torch.complex64))))
+    assert "complex" in refusal(lambda: run(net(), (X, classes.to(torch.complex64))))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_lists_of_labels_are_labels(classes, kind):
+    expected = anybit.evaluate(net(), (X, classes))
+    assert anybit.evaluate(net(), (X, kind(classes.tolist()))) == expected
+    assert anybit.evaluate(net(), (X.numpy(), kind(F.one_hot(classes, C).tolist()))) == expected
+    assert anybit.calibrate(net(), X, "6bit", test=(X, kind(classes.tolist())), **QUICK).report["float_test"]["top1"] == 100
+
+
+def test_lists_of_another_length_are_counted(classes):
+    assert "24 in element 0, 23 in element 1" in refusal(lambda: anybit.evaluate(net(), (X, classes.tolist()[:-1])))
+
+
+def test_labels_that_fit_no_task_are_a_note_or_one_final_sentence(classes):
+    data = TensorDataset(X, classes + 0.5)
+    assert "labels of the data are not used" in notes_of(lambda: anybit.calibrate(net(), data, "6bit", **QUICK))
+    for task in (None, "classification", "regression", "multi-label"):
+        assert "task=" not in refusal(lambda task=task: anybit.evaluate(net(), data, task=task))
+
+
+def test_a_task_that_the_labels_fit_is_proposed(classes):
+    message = refusal(lambda: anybit.evaluate(net(), TensorDataset(X, torch.rand(N, C)), task="multi-label"))
+    assert "regression" in message
+    assert "loss" in anybit.evaluate(net(), TensorDataset(X, torch.rand(N, C)), task="regression")
+
+
+def test_a_target_that_is_nan_is_named():
+    targets = torch.randn(N, 1)
+    targets[13] = torch.nan
+    message = refusal(lambda: anybit.evaluate(net(1), TensorDataset(X, targets)))
+    assert "labels are NaN or infinite on 1 samples, the first is 13" in message
+
+
+def test_a_metric_that_exits_is_named(classes):
+    def leaving(outputs, labels):
+        raise SystemExit("bye")
+
+    assert "leaving failed" in refusal(lambda: anybit.evaluate(net(), (X, classes), leaving))
