@@ -299,4 +299,7 @@ def check_numbers(index: int, batch: Batch) -> None:
     for tensor in tensors_in(batch.inputs):
         if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
             sample = int(torch.nonzero(~torch.isfinite(tensor.reshape(len(tensor), -1)).all(1))[0])
-            raise InvalidInput(f"Batch {index} of the data holds NaN or infinity (sample {sample} of the batch). Clean the inputs.")
+            raise InvalidInput(
+                f"Batch {index} of the data holds NaN or infinity (sample {sample} of the batch), or a number beyond float32's 3.4e38, "
+                "which becomes infinity. Clean or scale the inputs."
+            )

@@ -159,6 +159,8 @@ def _chosen(
     weights = {}
     for name, weight in chosen.items():
         own = names[int(name)] if name not in names and name.isascii() and name.isdigit() and int(name) < len(names) else name
+        if own not in names and (whole := f"{name}={weight:g}") in names:  # the name itself ends in =1, and the weight was left out
+            own, weight = whole, 1.0
         if own in others:
             raise InvalidSetting(f"--outputs {name!r} cannot be compared: {others[own]}. Choose from {', '.join(possible) or 'none'}.")
         if own not in possible:

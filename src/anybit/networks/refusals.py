@@ -19,7 +19,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from anybit.data.batches import Batch, evaluating, not_plain, predict
-from anybit.errors import AnybitError, UnsupportedModel
+from anybit.data.outputs import named_tensors
+from anybit.errors import AnybitError, UnsupportedModel, some
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.states import STORED_TYPES
 from anybit.networks.wiring import Wiring, observe_outputs
@@ -136,6 +137,12 @@ def moving_state(
         raise UnsupportedModel(
             f"The network runs once on an input and not again ({_first_sentence(error)}). Reset its state in each pass."
         ) from error
+    names = [[name for name, _ in named_tensors(one.output)] for one in (first, last)]
+    if names[0] != names[1]:
+        raise UnsupportedModel(
+            f"The network's outputs are {some(names[0])} in one pass and {some(names[1])} in the next. Let {type(model).__name__} return "
+            "the same ones in the same order in each pass."
+        )
     moved = changed(before, model.state_dict())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in moved:

@@ -28,7 +28,7 @@ from anybit.sources.images import ImageFolder
 from anybit.sources.items import as_column, is_batch, read_items, rows_of, runs, samples_of_items
 from anybit.sources.models import huggingface, is_transformers
 from anybit.sources.preprocessing import Preprocessing
-from anybit.sources.references import check_data, split_subset
+from anybit.sources.references import check_data, is_of_arrays, split_subset
 
 BYTES = 2**31
 """Most bytes held of an iterable of unknown length; more are an error."""
@@ -47,7 +47,7 @@ def load_data(
     """Return the samples that `reference` names: an image folder, `file.npy`, `file.npz` or `file.npz#test`, texts, or a function that
     returns a data set or loader. Texts are tokenized by the tokenizer of `model`, and arrays may have the names of its inputs."""
     path, subset = split_subset(reference)
-    if path.endswith((".npz", ".npy")) and not Path(path).is_dir():
+    if is_of_arrays(path) and not Path(path).is_dir():
         if preprocessing.size or preprocessing.resize:
             raise InvalidSetting("--size and --resize apply to image folders; images in arrays are used unchanged.")
         return _read_by(model, read_samples(Path(path), subset, preprocessing, workers, model))
@@ -100,7 +100,15 @@ def as_samples(data: Any, workers: int = 0, model: nn.Module | None = None, most
         raise InvalidInput("Plain texts cannot be used: write them to a file (--data texts.tsv), or give tokens.")
     if isinstance(data, (torch.Tensor, tuple, Mapping)):
         check_plain(data)
-    return _read_by(model, _as_samples(data, workers, model, most))
+    return _read_by(model, _as_samples(_without_none(data), workers, model, most))
+
+
+def _without_none(data: Any) -> Any:
+    """Return (x, y, None) as (x, y), and (x, None) as x."""
+    if not isinstance(data, tuple) or not any(map(_is_array, data)):
+        return data
+    parts = tuple(part for part in data if part is not None)
+    return parts[0] if len(parts) == 1 < len(data) else parts if len(parts) < len(data) else data
 
 
 def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | None) -> Samples:
@@ -169,7 +177,8 @@ def _is_indexed(data: Any) -> bool:
 
 def _samples_of_arrays(columns: dict[str, np.ndarray], kind: type, workers: int, model: nn.Module | None) -> Samples:
     """Return samples of arrays whose rows form items, tuples or dictionaries: (x, y), (x1, x2) of a network with two inputs, ..."""
-    whole = samples_of_arrays(columns, None, workers, where="The data: ").dataset
+    samples_of_arrays(_in_messages(columns, kind, model), None, workers, where="The data: ")
+    whole = samples_of_arrays(columns, None, workers).dataset
     arrays = whole.arrays if isinstance(whole, NamedArrays) else {"x": whole}
     items, form = read_items(_Rows(arrays, kind), workers, model)
     inputs = [str(key) for key in form.inputs or columns]
@@ -180,6 +189,15 @@ def _samples_of_arrays(columns: dict[str, np.ndarray], kind: type, workers: int,
         return items
     label = None if form.label is None else columns[str(form.label)]
     return samples_of_arrays({name: columns[key] for name, key in zip(names, inputs, strict=True)}, label, workers)
+
+
+def _in_messages(columns: Mapping[str, np.ndarray], kind: type, model: nn.Module | None) -> dict[str, np.ndarray]:
+    """Return the arrays under the names that they have for the user: those of a tuple have places only."""
+    if kind is dict:
+        return dict(columns)
+    if len(columns) == 2 and len(names_of_inputs(model)) < 2:
+        return dict(zip(("inputs", "labels"), columns.values(), strict=True))
+    return {f"rows in element {place}": array for place, array in columns.items()}
 
 
 class _Rows(Sequence):

@@ -293,6 +293,8 @@ def rows_of(batches: Iterable[Any]) -> list[Any]:
     rows: list[Any] = []
     for batch in batches:
         counts = _counts(batch)
+        if not counts:
+            raise InvalidInput(f"An element of the data, a {type(batch).__name__}, holds no tensor. Give tensors or arrays.")
         if len(set(counts)) != 1:
             raise InvalidInput(
                 f"A batch of the data has tensors of {some([str(one) for one in counts])} samples. Give all the same number."
