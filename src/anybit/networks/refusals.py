@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from anybit.data.batches import Batch, evaluating, predict
+from anybit.data.batches import Batch, evaluating, not_plain, predict
 from anybit.data.outputs import named_tensors
 from anybit.errors import AnybitError, UnsupportedModel, some
 from anybit.networks.layer_types import COVERED, type_of
@@ -112,7 +112,7 @@ def observed_pass(model: nn.Module, example: Batch) -> ObservedPass:
 
 def _checksum(tensor: Tensor) -> int:
     """Return a CRC-32: it certainly differs if one number does, and with many differences it agrees by chance once in four billion."""
-    if torch._C._functorch.is_batchedtensor(tensor):  # its bytes are not accessible
+    if torch._C._functorch.is_batchedtensor(tensor) or not_plain(tensor):  # its bytes are not accessible
         return 0
     flat = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
     return zlib.crc32(flat.view(torch.uint8).numpy().data)
@@ -269,7 +269,7 @@ def as_observed(model: nn.Module, expected: Mapping[str, int]) -> Iterator[None]
                 )
         calls.clear()
 
-    hooks = [model.register_forward_hook(check)]
+    hooks = [model.register_forward_pre_hook(lambda *_: calls.clear()), model.register_forward_hook(check)]  # the last may have failed
     for name in expected:
         hooks.append(model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name])))
     try:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from anybit.data.batches import check_plain
 from anybit.data.samples import ArrayDataset, NamedArrays, Samples, are_one_hot
 from anybit.errors import InvalidFile, InvalidInput
 from anybit.files.strict import in_words
@@ -77,7 +78,8 @@ def array_of(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
     """Return a tensor as an array."""
     if isinstance(tensor, np.ndarray):
         return tensor
-    tensor = tensor.detach().cpu().resolve_conj()
+    check_plain(tensor)
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # numpy has no bfloat16; every value of it is a float32
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, default_collate
 
-from anybit.data.batches import Batch, check_finite, evaluating, predict, tensors_in
+from anybit.data.batches import Batch, check_finite, check_plain, evaluating, predict, stacked, tensors_in
 from anybit.data.options import TEXT_SUFFIXES, parse_columns
 from anybit.data.outputs import OutputReader, output_reader
+from anybit.data.readers import token_reader
 from anybit.data.reading import elements_of, item_of, length_of
 from anybit.data.samples import NamedArrays, Samples, are_one_hot, fractions, have_form_of_classes
 from anybit.data.texts import read_rows
-from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel, naming
+from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel, naming, some
 from anybit.networks.copies import copied
 from anybit.networks.states import check_finite_weights
 from anybit.progress import tell
@@ -97,6 +98,8 @@ def as_samples(data: Any, workers: int = 0, model: nn.Module | None = None, most
     """
     if isinstance(data, (list, tuple)) and len(data) and isinstance(data[0], str):
         raise InvalidInput("Plain texts cannot be used: write them to a file (--data texts.tsv), or give tokens.")
+    if isinstance(data, (torch.Tensor, tuple, Mapping)):
+        check_plain(data)
     return _read_by(model, _as_samples(_without_none(data), workers, model, most))
 
 
@@ -110,8 +113,7 @@ def _without_none(data: Any) -> Any:
 
 def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | None) -> Samples:
     if isinstance(data, Samples):
-        length_of(data.dataset, data.name)
-        return data
+        return _samples_by_names(data, model) if length_of(data.dataset, data.name) else data
     if isinstance(data, DataLoader):
         return _samples_of_loader(data, workers, model, most)
     if _is_array(data):
@@ -131,6 +133,25 @@ def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | No
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
         return _samples_of_iterable(data, workers, model, most)
     raise InvalidInput(f"Data of type {type(data).__name__} cannot be used. Give a data set with a length, a loader, or arrays (x, y).")
+
+
+def _samples_by_names(samples: Samples, model: nn.Module | None) -> Samples:
+    """Return the samples with dictionaries read as those of a data set: the name of an entry says whether it is the label."""
+    if samples.split is not None or samples.reader is not None or samples.collate is not stacked:
+        return samples
+    item = item_of(samples.dataset, 0, samples.name)
+    texts = item[0] if samples.labelled and isinstance(item, (tuple, list)) and item else item
+    if not isinstance(texts, Mapping) or not (samples.labelled or "labels" in texts):
+        return samples
+    form = read_items(samples.dataset, samples.workers, model)[1]
+    if samples.labelled and form.label is None:
+        raise InvalidInput(
+            f"The data is said to be labelled, but its items are dictionaries of {some([str(key) for key in item])}, none of which is "
+            "a label. Name it 'labels', or give anybit.Samples(data, labelled=False)."
+        )
+    if form.note:
+        tell("note", note=form.note)
+    return replace(samples, labelled=form.label is not None, split=form)
 
 
 def _columns_of(data: Any) -> Mapping[Any, Any]:
@@ -344,4 +365,4 @@ def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float], t
         tell("note", note=f"outputs compared, each by its squared error over its mean square: {shown}. --outputs chooses and weighs them")
     if others:
         tell("note", note="outputs not compared: " + ", ".join(f"{name} ({why})" for name, why in others.items()))
-    return with_class_numbers(model, replace(samples, reader=reader), task)
+    return with_class_numbers(model, replace(samples, reader=reader or token_reader(copied(model), batches[0])), task)
