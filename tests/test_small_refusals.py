@@ -1,16 +1,27 @@
 """Values that are refused by name with a remedy that is true."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from commands import anybit_cli
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import anybit
-from anybit.errors import InvalidInput, InvalidSetting
+from anybit.data.batches import Batch
+from anybit.data.options import parse_outputs
+from anybit.data.outputs import output_reader
+from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.networks.wiring import observe
 from anybit.roads.settings import CalibrateSettings
+from anybit.runs.folder import check_free
+from anybit.sources.images import ImageFolder
+from anybit.sources.models import load_weights
 from anybit.sources.preprocessing import Preprocessing
-from anybit.sources.references import check_device
+from anybit.sources.references import check_data, check_device, check_file
 
 NET, X = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(8, 4)
 
@@ -46,3 +57,145 @@ def test_arrays_of_objects_are_refused_without_advice_to_unpickle(here):
     assert done.exit_code == 2 and "holds Python objects" in done.stderr and "pickle" not in done.stderr
     with pytest.raises(InvalidInput, match="Python objects"):
         anybit.evaluate(NET, (np.array([[1], [2, 3]], dtype=object), np.arange(2)))
+
+
+# References
+
+
+def test_a_suggestion_never_repeats_what_was_written(here):
+    for path in ("d.py", "D.TXT", "d.npz#test"):
+        Path(path).write_text("def data(): pass")
+    for path, words in {"d.py": "Name the function that returns the data: d.py:data", "D.TXT": "Name it D.txt.", "d.npz#test": ""}.items():
+        with pytest.raises(InvalidInput) as refused:
+            check_data(path)
+        assert words in str(refused.value) and "Did you mean" not in str(refused.value)
+    os.mkfifo("pipe")
+    with pytest.raises(InvalidFile, match="pipe is a pipe or device, not a file"):
+        check_file("pipe")
+    with pytest.raises(InvalidSetting, match="meta is not a device that holds numbers") as meta:
+        check_device("meta")
+    assert "mtia" not in str(meta.value)
+
+
+def test_suffixes_count_in_any_case(here):
+    np.savez("D.npz", x=X.numpy(), y=np.arange(8) % 2)
+    Path("D.npz").rename("D.NPZ")
+    assert anybit.evaluate(NET, "D.NPZ") == anybit.evaluate(NET, Path("D.NPZ"))
+    save_file(NET.state_dict(), "w.SAFETENSORS")
+    load_weights(NET, Path("w.SAFETENSORS"))
+
+
+@pytest.mark.parametrize("content", ["text", "objects"])
+def test_advice_to_load_unsafely_is_not_passed_on(here, content):
+    if content == "text":
+        Path("w.pt").write_text("no weights")
+    else:
+        torch.save(NET, "w.pt")
+    with pytest.raises(InvalidFile, match=r"cannot be read as a state dict: .* Save model\.state_dict\(\)") as refused:
+        load_weights(NET, Path("w.pt"))
+    assert "weights_only" not in str(refused.value) and "arbitrary" not in str(refused.value)
+
+
+def test_a_missing_config_file_is_not_there(here):
+    done = anybit_cli("inspect", "--model", "m.py:net", "--config", "none.toml")
+    assert done.exit_code == 2 and "--config none.toml is not there." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("c.toml", "Write weight_bits = [4]."), ("c.json", 'Write "weight_bits": [4].')], ids=["toml", "json"]
+)
+def test_a_correction_is_written_as_in_the_file(here, file, words):
+    Path(file).write_text("weight_bits = 4" if file.endswith("toml") else '{"weight_bits": 4}')
+    done = anybit_cli("inspect", "--model", "m.py:net", "--config", file)
+    assert done.exit_code == 2 and words in done.stderr
+
+
+def test_a_taken_output_is_named_as_what_it_is(here):
+    run = Path("run")
+    run.mkdir()
+    (run / "report.json").touch()
+    Path("link").symlink_to("run")
+    with pytest.raises(InvalidSetting, match=r"link is a symbolic link to .*run\. Name that place"):
+        check_free(Path("link"), overwrite=True)
+    (run / "notes.txt").touch()
+    with pytest.raises(InvalidSetting, match=r"run holds a run and other files \(notes.txt\). Move these away"):
+        check_free(run, overwrite=True)
+    (run / "checkpoint.safetensors").touch()
+    with pytest.raises(InvalidSetting, match=r"run holds an unfinished training and other files \(notes.txt\)"):
+        check_free(run, unfinished=True)
+
+
+# Data
+
+
+def test_wrong_numbers_of_channels_are_named(here):
+    with pytest.raises(InvalidSetting, match="--mean has 2 numbers, and images in folders are read as RGB"):
+        ImageFolder(here, Preprocessing(mean=(0.5, 0.5)))
+    for channels, words in ((1, "read as RGB. Give grey ones as an array"), (3, "Give images of three channels")):
+        with pytest.raises(InvalidInput, match=words):
+            observe(nn.Sequential(nn.Conv2d(channels, 2, 3)), Batch(torch.zeros(2, 4 - channels, 8, 8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+@pytest.mark.parametrize("layer", [nn.Linear(4, 2), nn.Conv1d(4, 2, 1)])
+def test_integers_for_a_float_network_are_named(layer, dtype):
+    inputs = torch.ones(2, 4, *([3] if isinstance(layer, nn.Conv1d) else []), dtype=dtype)
+    with pytest.raises(InvalidInput, match="convert them to float32 first"):
+        observe(nn.Sequential(layer), Batch(inputs))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ((X, torch.zeros(7)), "8 inputs and 7 labels. Give as many of each."),
+        ((X, torch.zeros(8), torch.zeros(3)), "3 rows in element 2"),
+        ((X.numpy(), np.arange(8).astype("datetime64[D]")), "labels holds dates"),
+        ((X.double() * 1e300, torch.zeros(8).long()), "beyond float32's 3.4e38"),
+        ([None, None], "None"),
+    ],
+    ids=["short", "three", "dates", "large", "nothing"],
+)
+def test_faulty_data_is_named_as_the_user_knows_it(data, words):
+    with pytest.raises(InvalidInput) as refused:
+        anybit.evaluate(NET, data)
+    assert words in str(refused.value)
+
+
+def test_none_stands_for_no_labels():
+    y = torch.arange(8) % 2
+    assert anybit.evaluate(NET, (X, y, None)) == anybit.evaluate(NET, (X, y))
+    with pytest.raises(InvalidInput, match="needs labels"):
+        anybit.evaluate(NET, (X, None))
+
+
+def test_a_text_named_npz_is_no_file_of_arrays(here):
+    Path("t.npz").write_text("text")
+    with pytest.raises(InvalidFile, match=r"t.npz is not a file of arrays"):
+        anybit.evaluate(NET, "t.npz")
+
+
+# Outputs
+
+
+class Named(nn.Module):
+    """A network whose outputs have names with an equals sign; in every other pass `flips` reverses them."""
+
+    def __init__(self, flips: bool = False):
+        super().__init__()
+        self.one, self.two, self.flips, self.passes = nn.Linear(4, 2), nn.Linear(4, 2), flips, 0
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.passes += 1
+        outputs = {"c=1": self.one(x), "d": self.two(x)}
+        return dict(reversed(outputs.items())) if self.flips and self.passes % 2 else outputs
+
+
+@pytest.mark.parametrize(("text", "weight"), [("c=1", 1.0), ("c=1=1", 1.0), ("c=1=0.5", 0.5)])
+def test_names_of_outputs_may_hold_equals_signs(text, weight):
+    reader, _ = output_reader(Named(), [Batch(X)], parse_outputs([text]))
+    assert reader is None or [(one.name, one.weight) for one in reader.outputs] == [("c=1", weight)]
+
+
+def test_outputs_that_change_their_order_are_refused():
+    with pytest.raises(UnsupportedModel, match=r"outputs are .* in one pass and .* in the next"):
+        anybit.inspect(Named(flips=True), X, export=False)

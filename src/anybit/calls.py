@@ -5,6 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from anybit.errors import InvalidSetting
@@ -33,6 +34,8 @@ class Amounts(Settings):
 
 
 AMOUNTS = options_of(Amounts)
+DATA = {"data", "test"}
+"""Arguments that are data or a reference, which may be a path."""
 
 
 def public(function: Function) -> Function:
@@ -46,12 +49,15 @@ def public(function: Function) -> Function:
     def called(*arguments: Any, **keywords: Any) -> Any:
         with as_in_python(signature.parameters):
             check_call(function.__name__, signature, arguments, keywords)
-            bound = signature.bind(*arguments, **keywords).arguments
+            call = signature.bind(*arguments, **keywords)
+            bound = call.arguments
+            for name in DATA & bound.keys():
+                bound[name] = str(bound[name]) if isinstance(bound[name], Path) else bound[name]
             check_takes_two(bound.get("metric"))
             for name in sorted(own & bound.keys()):
                 if bound[name] is not None or signature.parameters[name].default is not None:
                     AMOUNTS[name].checked(bound[name])
-            return function(*arguments, **keywords)
+            return function(*call.args, **call.kwargs)
 
     return called  # type: ignore[return-value]
 

@@ -147,8 +147,18 @@ class Option:
                 self._typed(self.kind, form)
             except (AnybitError, ValueError):
                 continue
-            return f" Write {name} {form}." if name.startswith("--") else f" Write {self.name}={form!r}."
+            return f" Write {self._spelled(form, name)}."
         return ""
+
+    def _spelled(self, value: Any, name: str) -> str:
+        """Write the option with a value in the reader's terms: in Python, on the command line, or in a file of --config."""
+        file, _, key = name.rpartition(": ")
+        if file:
+            return f'"{key}": {_in_file(value, ": ")}' if ".json" in file else f"{key} = {_in_file(value, ' = ')}"
+        if not name.startswith("--"):
+            return f"{self.name}={value!r}"
+        texts = self.text.write(value) if self.text else value
+        return " ".join(f"{name} {text}" for text in (texts if isinstance(texts, list) else [texts]))
 
     def _forms(self, value: Any) -> list[Any]:
         """List the values that a value of another type may stand for."""
@@ -267,6 +277,15 @@ def _number(kind: Any) -> Any:
     """Return the type of the numbers in a type, if there are any."""
     inner = [_number(one) for one in reversed(typing.get_args(kind))]
     return next(filter(None, inner), None) if inner else kind if kind in (int, float) else None
+
+
+def _in_file(value: Any, assign: str) -> str:
+    """Write a value as in a file of --config: JSON if `assign` is a colon, else TOML."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f'"{key}"{assign}{_in_file(one, assign)}' for key, one in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_in_file(one, assign) for one in value)}]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def _number_in(text: Any, kind: Any) -> Any:

@@ -209,7 +209,7 @@ BAD = {
     "nine bits": (["--activation-bits", "9"], "outside 2..8"),
     "bits grammar": (["--weight-bits", "four"], "--weight-bits"),
     "no bits": (["--weight-bits", ""], "--weight-bits"),
-    "float weights": (["--weight-bits", "float"], "outside 2..8"),
+    "float weights": (["--weight-bits", "float"], "must be a whole number, 2..8"),
     "no layer": (["--model", "m.py:hollow"], "no layer to quantize"),
     "other weights": (["--weights", "other.pt"], "conv1.weight"),
     "broken weights": (["--weights", "broken.pt"], "broken.pt"),
@@ -465,7 +465,9 @@ def test_command_line_defaults_equal_settings_defaults():
     assert parse_size("2GiB") == defaults.memory
     for field in dataclasses.fields(CalibrateSettings):
         if field.name in options and field.name not in ("keep", "outputs"):  # tables, empty by default
-            assert options[field.name] == written.get(field.name, getattr(defaults, field.name)), field.name
+            value = getattr(defaults, field.name)
+            text = str(value) if type(value) in (int, float) else value
+            assert options[field.name] == written.get(field.name, text), field.name
     assert {field.name for field in dataclasses.fields(CalibrateSettings)} <= set(options)
 
 

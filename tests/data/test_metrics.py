@@ -105,3 +105,28 @@ def test_every_verb_rejects_metric_with_other_arguments(verb):
     own = {name: value for name, value in arguments.items() if name in inspect.signature(verb).parameters}
     with pytest.raises(InvalidSetting, match="of_three"):
         verb(**own, metric=of_three)
+
+
+def overwriting(outputs, labels):
+    right = float((outputs.argmax(1) == labels).float().mean())
+    outputs.zero_()
+    labels.zero_()
+    return right
+
+
+def test_a_metric_may_write_into_its_arguments():
+    model, data = make(Chain), labelled()
+    scores = anybit.evaluate(model, data, metric=overwriting)
+    assert scores | {"overwriting": 0.0} == anybit.evaluate(model, data) | {"overwriting": 0.0}
+    several = (torch.eye(4), torch.eye(4))
+    measure(lambda outputs, labels: float(outputs[1].zero_().sum()), several, LABELS)
+    assert torch.equal(several[1], torch.eye(4))
+
+
+def leaving(outputs, labels):
+    raise SystemExit("bye")
+
+
+def test_a_metric_that_ends_the_process_is_named():
+    with pytest.raises(InvalidInput, match=r"leaving failed.*SystemExit: bye"):
+        measure(leaving, OUTPUTS, LABELS)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
+import anybit
 from anybit.data.batches import Batch
 from anybit.data.tasks import agreement, distance, evaluate, guess_task, outputs_of, sample_distances, score
-from anybit.errors import InvalidInput
+from anybit.errors import AnybitError, InvalidInput
 
 few = settings(max_examples=60, deadline=None)
 logits = arrays(np.float32, (3, 7), elements=st.floats(-50, 50, width=32)).map(torch.from_numpy)
@@ -210,7 +211,7 @@ def test_restores_the_mode_of_every_module():
 
 def test_restores_the_mode_after_an_error():
     model = nn.Linear(3, 3).train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InvalidInput, match="sample 0 of batch 0"):
         outputs_of(model, batches())
     assert model.training
 
@@ -221,3 +222,14 @@ def test_the_first_tensor_of_several_outputs_is_scored():
             return {"logits": x, "hidden": x[:, :2]}
 
     assert torch.equal(outputs_of(Two(), batches()), RANKED)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 4), (8, 4, 1, 1)])
+def test_class_scores_with_dimensions_of_size_1_are_refused_with_a_remedy(shape):
+    network = nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, shape[1:]))
+    data = (torch.randn(8, 4), torch.arange(8) % 4)
+    for task in (None, "classification"):
+        with pytest.raises(AnybitError, match=r"\[N, classes\].*flatten\(1\)"):
+            anybit.evaluate(network, data, task=task)
+    with pytest.raises(AnybitError, match=r"flatten\(1\)"):
+        anybit.calibrate(network, data[0], "4bit", task="classification", cache=False)

@@ -288,3 +288,31 @@ def test_verify_compares_every_output_and_names_a_different_one(chosen, monkeypa
     monkeypatch.setattr(verification, "outputs", broken)
     verdict = anybit.verify(result, folder / "run.onnx", data=x)
     assert not verdict["ok"] and "Of the outputs, more.0 differ" in verdict["failures"][0]
+
+
+@pytest.mark.parametrize(
+    ("output", "names"),
+    [
+        (lambda x: {"a.b": x, "a": {"b": 2 * x}}, ["a.b", "a.b#2"]),
+        (lambda x: {0: x, "0": 100 * x, "0#2": x}, ["0", "0#2", "0#2#2"]),
+    ],
+)
+def test_outputs_of_one_name_are_numbered(output, names):
+    network = nn.Identity()
+    network.forward = output
+    reader, _ = output_reader(network, [Batch(torch.ones(2, 3)), Batch(torch.ones(3, 3))], {})
+    assert [one.name for one in reader.outputs] == names
+    assert output_reader(network, [Batch(torch.ones(2, 3))], {names[-1]: 1.0})[0].outputs[0].place == len(names) - 1
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_sparse_outputs_are_refused_in_one_line_and_left_out_beside_others(beside):
+    network = nn.Sequential(nn.Linear(4, 3), nn.Identity()).eval()
+    network[1].forward = lambda x: (x, x.to_sparse()) if beside else x.to_sparse()
+    data = (torch.randn(12, 4), torch.zeros(12, dtype=torch.int64))
+    if beside:
+        assert "top1" in anybit.evaluate(network, data)
+        return
+    for verb in (anybit.evaluate, anybit.inspect):
+        with pytest.raises(AnybitError, match=r"first output is sparse .*to_dense\(\)"):
+            verb(network, data)

@@ -454,7 +454,7 @@ def test_existing_run_is_replaced_only_on_request(run_folder, calibrated):
 
 def test_run_folder_with_other_files_is_not_deleted(run_folder, calibrated):
     (run_folder / "notes.txt").write_text("dear reader")
-    with pytest.raises(InvalidSetting, match="holds other files"):
+    with pytest.raises(InvalidSetting, match="holds a run and other files"):
         calibrated[2].save(run_folder, overwrite=True)
     assert (run_folder / "notes.txt").read_text() == "dear reader"
 
@@ -677,5 +677,7 @@ def test_checkpoint_of_other_data_names_the_argument(tmp_path, monkeypatch):
     with pytest.raises(InvalidSetting, match=r"mine\.ckpt holds an unfinished training .*data was .*another checkpoint=\.") as refused:
         anybit.grow(model, pictures(17)[1:], "4bit", checkpoint=place, **options)
     assert "folder" not in str(refused.value) and "output" not in str(refused.value)
+    with pytest.raises(InvalidSetting, match=r"other settings: train\.seed was 0 and is now 7\. Use") as refused:
+        anybit.grow(model, pictures(16), "4bit", checkpoint=place, **options, seed=7)
     with pytest.raises(InvalidSetting, match=r"here is a folder\. Name a file with checkpoint="):
         anybit.grow(model, pictures(16), "4bit", checkpoint=tmp_path / "here", **options)

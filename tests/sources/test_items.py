@@ -287,3 +287,35 @@ def test_samples_of_several_shapes_are_refused_with_a_fitting_remedy(shape, reme
     data = [torch.zeros([8 + n if size == "n" else size for size in shape]) for n in range(4)]
     with pytest.raises(InvalidInput, match=f"do not fit into one batch.*{remedy}"):
         next(as_samples(data).batches(4))
+
+
+UNUSUAL = {
+    "sparse": lambda x: x.to_sparse(),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+    "meta": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("form", ["alone", "labelled", "list"])
+def test_unusual_tensors_are_refused_in_one_line(kind, form):
+    x = torch.randn(6, 3)
+    whole = UNUSUAL[kind](x)
+    data = {"alone": whole, "labelled": (whole, torch.zeros(6, dtype=torch.int64)), "list": list(map(UNUSUAL[kind], x))}[form]
+    with pytest.raises(InvalidInput, match=f"tensor of the data is .*{kind}.*(first|CPU)"):
+        anybit.evaluate(Single(), data)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_nested_tensors_are_refused_in_one_line():
+    with pytest.raises(InvalidInput, match=r"nested tensor.*to_padded_tensor"):
+        anybit.evaluate(Single(), torch.nested.nested_tensor([torch.randn(3), torch.randn(2)]))
+
+
+def test_conjugate_and_negated_views_are_read():
+    x = torch.randn(6, 3)
+    view = torch.complex(x, -x).conj().imag
+    assert view.is_neg()
+    for data in (view, list(view)):
+        torch.testing.assert_close(first(data, Single()).inputs, x[: len(first(data, Single()))])

@@ -164,7 +164,7 @@ def test_arrays_are_matched_to_inputs_by_name(tmp_path):
     with pytest.raises(InvalidInput, match=r"nor one of the network's inputs \(x\); it holds picture"):
         load_data(str(tmp_path / "named.npz"), model=make(Chain))
     np.savez(tmp_path / "odd.npz", picture=np.ones((3, 3, 8, 8)), vector=np.ones((2, 4)))
-    with pytest.raises(InvalidInput, match="3 picture, 2 vector"):
+    with pytest.raises(InvalidInput, match="3 picture and 2 vector"):
         load_data(str(tmp_path / "odd.npz"), model=model)
 
 

@@ -10,10 +10,11 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from anybit.calls import check_takes_two
-from anybit.errors import InvalidSetting
+from anybit.errors import InvalidSetting, naming
 from anybit.roads.settings import CalibrateSettings
 from anybit.runs.options import RunOptions
 from anybit.settings import Option, Settings, described, option, options_of, without_none
+from anybit.sources.references import check_there
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ class Verb:
         if written.get("config") is not None:
             from anybit.files.config import read_options
 
-            values = read_options(self.value("config", written), self.options, list(self.groups.values()), "--config")
+            file = self.value("config", written)
+            with naming("--config"):
+                check_there(file)
+            values = read_options(file, self.options, list(self.groups.values()), "--config")
         on_line = {
             name: self.options[name].from_text(text, self.options[name].written)
             for name, text in written.items()

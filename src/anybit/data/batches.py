@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from anybit.errors import InvalidInput
+from anybit.errors import AnybitError, InvalidInput, UnsupportedModel
 
 Inputs = Tensor | tuple | dict
 IGNORED = -100
@@ -54,9 +54,15 @@ class Batch:
         return len(first_tensor(self.inputs))
 
     @property
+    def named(self) -> dict:
+        """Return the inputs by name, also if the forward receives them as one dictionary; {} if they have no names."""
+        only = self.inputs[0] if isinstance(self.inputs, tuple) and len(self.inputs) == 1 else self.inputs
+        return only if isinstance(only, dict) else {}
+
+    @property
     def mask(self) -> Tensor | None:
         """Return the mask of real tokens, bool [N, T]; None if samples are not padded."""
-        mask = self.inputs.get("attention_mask") if isinstance(self.inputs, dict) else None
+        mask = self.named.get("attention_mask")
         return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -80,11 +86,69 @@ def predict(model: nn.Module, batch: Batch) -> Tensor:
     return read_output(call(model, batch.inputs), batch)
 
 
+@contextmanager
+def naming_sample(model: nn.Module, batch: Batch, where: str) -> Iterator[None]:
+    """Raise InvalidInput if a pass of `model` on the batch, which is `where`, fails inside the block: for the first sample on which it
+    fails alone, or else the batch."""
+    try:
+        yield
+    except (AnybitError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a model may raise any error on inputs that it rejects
+        number = next((index for index, sample in enumerate(batch.parts(1)) if _fails(model, sample, type(error))), None)
+        if number is not None:
+            batch, where = list(batch.parts(1))[number], f"sample {number} of {where}"
+        held = ", ".join(map(_range_of, tensors_in(batch.inputs)))
+        message = " ".join(str(error).split()).rstrip(".")
+        raise InvalidInput(
+            f"The model refuses {where} ({held}): {type(error).__name__}: {message}. Repair such samples, or leave them out."
+        ) from error
+
+
+def _fails(model: nn.Module, batch: Batch, kind: type[Exception]) -> bool:
+    """Return whether a pass on the batch raises this kind of error."""
+    try:
+        with torch.no_grad():
+            predict(model, batch)
+    except Exception as error:
+        return type(error) is kind
+    return False
+
+
+def _range_of(tensor: Tensor) -> str:
+    """Describe a tensor by type, shape and range: int64 [1, 7] from 3 to 99."""
+    kind = f"{tensor.dtype}".removeprefix("torch.")
+    if tensor.is_complex() or not tensor.numel():
+        return f"{kind} {list(tensor.shape)}"
+    return f"{kind} {list(tensor.shape)} from {tensor.min().item():g} to {tensor.max().item():g}"
+
+
+def not_plain(tensor: Tensor) -> str:
+    """Return what kind of tensor this is and how it becomes a plain one, as "sparse (torch.sparse_coo). Make it ..."; "" if it is."""
+    if tensor.is_nested:
+        return "a nested tensor. Make it dense first: torch.nested.to_padded_tensor(tensor, 0.0)."
+    if tensor.is_meta:
+        return "on the meta device and holds no numbers. Compute it on the CPU."
+    if tensor.layout is not torch.strided:
+        return f"sparse ({tensor.layout}). Make it dense first: to_dense()."
+    return f"quantized ({tensor.dtype}). Make it float first: dequantize()." if tensor.is_quantized else ""
+
+
+def check_plain(value: Any) -> None:
+    """Raise InvalidInput if a tensor of the data is sparse, quantized, nested or on the meta device."""
+    for tensor in tensors_in(value):
+        if why := not_plain(tensor):
+            raise InvalidInput(f"A tensor of the data is {why}")
+
+
 def read_output(output: Any, batch: Batch) -> Tensor:
-    """Return the predictions that the batch's reader reads from a model's output; a single number of one sample is a row, too."""
+    """Return the predictions that the batch's reader reads from a model's output; a single number of one sample is a row, too. Raises
+    UnsupportedModel if that is no plain tensor."""
     if batch.reader is not None:
         return batch.reader.read(output, batch)
     tensor = first_tensor(output)
+    if why := not_plain(tensor):
+        raise UnsupportedModel(f"The network's first output is {why}")
     return tensor[None] if not tensor.dim() and len(batch) == 1 else tensor
 
 
@@ -180,6 +244,9 @@ def join(batches: list[Batch]) -> Batch:
 def padded(items: list, labels: list) -> tuple[list, list]:
     """Pad texts of different lengths, dictionaries with an attention_mask [T], and labels of their tokens at the end: with zeros, which the
     mask excludes, and IGNORED. All else is returned unchanged."""
+    if all(isinstance(item, tuple) and len(item) == 1 for item in items):  # dictionaries that a forward receives whole
+        alone, labels = padded([item[0] for item in items], labels)
+        return [(item,) for item in alone], labels
     if not all(isinstance(item, Mapping) and getattr(item.get("attention_mask"), "ndim", 0) == 1 for item in items):
         return items, labels
     columns = {name: _to_one_length([item[name] for item in items], 0) for name in items[0] if all(name in item for item in items)}
@@ -196,6 +263,7 @@ def _to_one_length(values: list, fill: int) -> list:
 
 def stacked(items: list) -> Any:
     """Stack items into one batch, tensor by tensor, with texts padded to one length. Raises InvalidInput if their shapes differ."""
+    check_plain(items)
     try:
         return default_collate(padded(items, [])[0])
     except TypeError as error:
@@ -231,4 +299,7 @@ def check_numbers(index: int, batch: Batch) -> None:
     for tensor in tensors_in(batch.inputs):
         if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
             sample = int(torch.nonzero(~torch.isfinite(tensor.reshape(len(tensor), -1)).all(1))[0])
-            raise InvalidInput(f"Batch {index} of the data holds NaN or infinity (sample {sample} of the batch). Clean the inputs.")
+            raise InvalidInput(
+                f"Batch {index} of the data holds NaN or infinity (sample {sample} of the batch), or a number beyond float32's 3.4e38, "
+                "which becomes infinity. Clean or scale the inputs."
+            )

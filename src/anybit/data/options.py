@@ -27,7 +27,7 @@ def parse_outputs(items: Sequence[str]) -> dict[str, float]:
     """Parse texts like "boxes" or "boxes=0.5" into name or index of an output -> weight."""
     outputs = {}
     for item in items:
-        name, separator, weight = item.partition("=")
+        name, separator, weight = item.rpartition("=") if "=" in item else (item, "", "")
         try:
             outputs[name] = float(weight) if separator else 1.0
         except ValueError:

@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, call, evaluating, tensors_in
+from anybit.data.batches import Batch, call, evaluating, not_plain, tensors_in
 from anybit.errors import InvalidSetting, UnsupportedModel
 
 
@@ -59,8 +60,19 @@ class OutputReader:
         return labels
 
 
-def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of an output with its name ("0", "boxes", "heads.1"), in the order of `tensors_in`."""
+def named_tensors(value: Any) -> list[tuple[str, Tensor]]:
+    """List every tensor of an output with its name ("0", "boxes", "heads.1"), in the order of `tensors_in`.
+
+    A number follows a name that an earlier one has: {"a.b": p, "a": {"b": q}} are a.b and a.b#2.
+    """
+    unique: dict[str, Tensor] = {}
+    for name, tensor in _by_path(value):
+        names = chain([name], (f"{name}#{number}" for number in count(2)))
+        unique[next(one for one in names if one not in unique)] = tensor
+    return list(unique.items())
+
+
+def _by_path(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name or "0", value
         return
@@ -73,7 +85,7 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     else:
         return
     for key, item in items:
-        yield from named_tensors(item, f"{name}.{key}".lstrip("."))
+        yield from _by_path(item, f"{name}.{key}".lstrip("."))
 
 
 @torch.no_grad()
@@ -90,7 +102,7 @@ def output_reader(model: nn.Module, batches: Sequence[Batch], chosen: Mapping[st
     passes = []
     with evaluating(model), suppress(Exception):  # a model's own checks may raise any error, which is reported later
         for batch in batches:
-            passes.append(list(named_tensors(call(model, batch.inputs))))
+            passes.append(named_tensors(call(model, batch.inputs)))
     if not passes or (len(passes[0]) < 2 and not chosen):
         _check_pairs([one[0][1] for one in passes if one], [len(batch) for batch in batches])
         return None, {}
@@ -126,6 +138,8 @@ def _shape_of_sample(tensor: Tensor, count: int) -> tuple[int, ...] | None:
 
 def _why_not(tensor: Tensor, count: int, beside: Sequence[Tensor], counts: Sequence[int]) -> str | None:
     """Return why an output cannot be compared, or None. `beside` is the same output for other numbers of samples."""
+    if why := not_plain(tensor):
+        return why.partition(". ")[0]
     shape = _shape_of_sample(tensor, count)
     if not tensor.is_floating_point():
         return f"{tensor.dtype}".removeprefix("torch.")
@@ -145,6 +159,8 @@ def _chosen(
     weights = {}
     for name, weight in chosen.items():
         own = names[int(name)] if name not in names and name.isascii() and name.isdigit() and int(name) < len(names) else name
+        if own not in names and (whole := f"{name}={weight:g}") in names:  # the name itself ends in =1, and the weight was left out
+            own, weight = whole, 1.0
         if own in others:
             raise InvalidSetting(f"--outputs {name!r} cannot be compared: {others[own]}. Choose from {', '.join(possible) or 'none'}.")
         if own not in possible:

@@ -4,13 +4,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from anybit.data.batches import Batch, first_tensor
+from anybit.data.batches import Batch, call, evaluating, first_tensor, map_tensors
 from anybit.data.texts import Questions, gold_answers
 
 RULED_OUT = -1e4
@@ -23,7 +24,7 @@ class FirstOutput:
     unit = "samples"
 
     def __init__(self, task: str):
-        self.task = task
+        self.task: str | None = task
 
     def read(self, output: Any, batch: Batch) -> Tensor:
         return first_tensor(output)
@@ -59,6 +60,43 @@ class TokenOutputs(FirstOutput):
         """Return a tensor [N, T, ...] as [tokens, ...]."""
         mask = token_mask(tokens, batch)
         return tokens.flatten(0, 1) if mask is None else tokens[mask]
+
+
+class PaddedTokens(TokenOutputs):
+    """Numbers of each token of a network without a known head, [tokens, ...] without padding; its task is None if labels are to tell."""
+
+    def __init__(self, task: str | None):
+        self.task = task
+
+    def read(self, output: Any, batch: Batch) -> Tensor:
+        rows = super().read(output, batch)
+        return rows[:, None] if rows.dim() == 1 else rows
+
+
+@torch.no_grad()
+def token_reader(model: nn.Module, batch: Batch) -> PaddedTokens | None:
+    """Return the reader of a network whose output on padded texts has a row per token; None if it has not, or texts are not padded.
+
+    `model` runs twice, on two lengths, because a number of classes may equal a length by chance.
+    """
+    mask = batch.mask
+    if mask is None:
+        return None
+    with evaluating(model), suppress(Exception):  # a model may reject any length
+        for texts in (batch, Batch(map_tensors(batch.inputs, lambda tensor: _of_other_length(tensor, mask)))):
+            if token_mask(first_tensor(call(model, texts.inputs)), texts) is None:
+                return None
+        labels = batch.labels
+        classes = labels is not None and labels.shape == mask.shape and not labels.is_floating_point()
+        return PaddedTokens("token-classification" if classes else None)
+    return None
+
+
+def _of_other_length(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return a tensor of tokens [N, T, ...] without the last, or, if there is only one, with that repeated; others unchanged."""
+    if tensor.shape[:2] != mask.shape:
+        return tensor
+    return tensor[:, :-1] if tensor.shape[1] > 1 else torch.cat([tensor, tensor], 1)
 
 
 class NextTokens(TokenOutputs):
@@ -127,7 +165,7 @@ def token_mask(tokens: Tensor, batch: Batch) -> Tensor | None:
 
     For an encoder-decoder, the tokens are its decoder's.
     """
-    inputs = batch.inputs if isinstance(batch.inputs, dict) else {}
+    inputs = batch.named
     mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == tokens.shape[:2] else None
 

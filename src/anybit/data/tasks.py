@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybit.data.batches import IGNORED, Batch, Reader, check_numbers, evaluating, predict
+from anybit.data.batches import IGNORED, Batch, Reader, check_numbers, evaluating, map_tensors, naming_sample, predict
 from anybit.data.distances import (
     BINARY_DIVERGENCE,
     CHANNEL_DIVERGENCE,
@@ -91,6 +91,8 @@ class Classification(Task):
     name, distance, counted, of_one_class = "classification", DIVERGENCE, "top1", True
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
+        if outputs.dim() != 2:
+            raise InvalidInput(_not_rows_of_scores(outputs))
         if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
             raise InvalidInput(
                 f"Class labels are integers, one per sample; these labels are {labels.dtype} of shape {tuple(labels.shape)}. "
@@ -118,6 +120,11 @@ class Classification(Task):
 
     def classes(self, outputs: Tensor) -> int | None:
         return outputs.shape[-1]
+
+
+def _not_rows_of_scores(outputs: Tensor) -> str:
+    remedy = "one row per sample: flatten(1)." if _is_one_row(outputs) else "one row per sample, or name another --task."
+    return f"Class scores have shape [N, classes], and these outputs {list(outputs.shape)}. Let the network return {remedy}"
 
 
 class TokenClassification(Classification):
@@ -172,12 +179,19 @@ class SequenceToSequence(LanguageModel):
     name = "sequence-to-sequence"
 
 
+def _is_one_row(outputs: Tensor) -> bool:
+    """Return whether outputs are several numbers per sample in one row with further dimensions of size 1: [N, 1, C] or [N, C, 1, 1]."""
+    return outputs.dim() > 2 and outputs.shape[1:].numel() == max(outputs.shape[1:]) > 1
+
+
 class Regression(Task):
     """Values [N, ...]: loss (mean squared error)."""
 
     name, distance = "regression", SQUARED_ERROR
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
+        if labels.dim() == 1 and not labels.is_floating_point() and _is_one_row(outputs):
+            raise InvalidInput(_not_rows_of_scores(outputs))
         if outputs.numel() != labels.numel():
             raise InvalidInput(
                 f"Labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}, each with one label. "
@@ -386,11 +400,33 @@ def _other_tasks(outputs: Tensor, labels: Tensor) -> str:
 @torch.no_grad()
 def outputs_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     """Run `model` in evaluation mode and return its predictions for every sample, [N, ...]."""
+    return joined(outputs_of_each(model, batches))
+
+
+@torch.no_grad()
+def outputs_of_each(model: nn.Module, batches: Iterable[Batch]) -> list[Tensor]:
+    """Run `model` in evaluation mode and return its predictions for each batch. Raises InvalidInput naming a sample on which it fails."""
     with evaluating(model):
-        outputs = [predict(model, batch) for batch in batches]
+        return [_predicted(model, batch, index) for index, batch in enumerate(batches)]
+
+
+def _predicted(model: nn.Module, batch: Batch, index: int) -> Tensor:
+    with naming_sample(model, batch, f"batch {index} of the data"):
+        return predict(model, batch)
+
+
+def joined(outputs: Sequence[Tensor]) -> Tensor:
+    """Join the predictions of batches, [N, ...]. Raises InvalidInput if there are none, or rows differ in shape."""
     if not outputs:
         raise InvalidInput("The data is empty: there is nothing to run the model on.")
-    return torch.cat(outputs)
+    first = outputs[0].shape[1:]
+    for index, other in enumerate(outputs):
+        if other.shape[1:] != first:
+            raise InvalidInput(
+                f"The network's outputs on batch {index} have rows of shape {list(other.shape[1:])}, and on batch 0 of {list(first)}. "
+                "Give all samples the same shape, or texts as dictionaries with an attention_mask [T]."
+            )
+    return torch.cat(list(outputs))
 
 
 def labels_in(batches: Sequence[Batch]) -> Tensor | None:
@@ -509,6 +545,9 @@ def task_of(
             _check_foreground(labels)
         tell("note", note=f"task {guess.task}: {guess.reason}. --task overrides this ({', '.join(TASKS)})")
     one = TASKS[guess.task]
+    judged = reader.split(outputs)[0] if isinstance(reader, OutputReader) else outputs
+    if guess.task == "classification" and _is_one_row(judged):
+        raise InvalidSetting(_not_rows_of_scores(judged))
     return SeveralOutputs(one, reader) if isinstance(reader, OutputReader) and len(reader.outputs) > 1 else one
 
 
@@ -604,10 +643,11 @@ def metric_name(metric: Metric) -> str:
 
 
 def measure(metric: Metric, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> float:
-    """Call a custom metric. Raises InvalidInput naming it if it fails or does not return a finite number."""
+    """Call a custom metric on copies, into which it may write. Raises InvalidInput naming it if it fails or does not return a finite
+    number."""
     name = metric_name(metric)
     try:
-        value = metric(outputs, labels)
+        value = metric(map_tensors(outputs, Tensor.clone), labels.clone())
     except AnybitError:
         raise
     except (Exception, SystemExit) as error:

@@ -28,12 +28,13 @@ def read_options(path: Path, options: Mapping[str, Option], kinds: Sequence[type
 
 
 def _content(path: Path, options: Mapping[str, Option], kinds: Sequence[type[Settings]], where: str) -> Mapping[str, Any]:
+    content = read_bytes(path)
     if path.suffix == ".toml":
         try:
-            return tomllib.loads(read_bytes(path).decode("utf8"))
+            return tomllib.loads(content.decode("utf8"))
         except ValueError as error:
             raise InvalidSetting(f"{where}it is not valid TOML: {error}.") from error
-    data = parse_json(read_bytes(path), str(path))
+    data = parse_json(content, str(path))
     if isinstance(data, dict) and "version" in data:
         data = _recorded(data, options, kinds)
     if not isinstance(data, dict):

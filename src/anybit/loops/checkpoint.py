@@ -43,6 +43,8 @@ class CheckpointRecord(BaseModel):
 
 CONTENTS = "all of the data"
 """Entry of an identity that checkpoints of anybit 0.1 lack, as they lack those of modules."""
+FIRST_BATCH = "data"
+"""Entry of an identity: the first batch, as drawn by seed and batch size."""
 AGAIN = "Remove it to start again, or restore it."
 
 
@@ -78,6 +80,8 @@ def resume_checkpoint(path: Path, trainee: Trainee, optimizer: torch.optim.Optim
     if CONTENTS not in stored.identity:
         identity = {key: value for key, value in identity.items() if key != CONTENTS and not key.startswith("module ")}
     different = [key for key in {**stored.identity, **identity} if stored.identity.get(key) != json.loads(json.dumps(identity.get(key)))]
+    if CONTENTS not in different and CONTENTS in identity and len(different) > 1:
+        different = [key for key in different if key != FIRST_BATCH]  # of the same data, as drawn by the other settings
     if different:
         changes = "; ".join(
             f"{key} was {reprlib.repr(stored.identity.get(key))} and is now {reprlib.repr(identity.get(key))}" for key in sorted(different)

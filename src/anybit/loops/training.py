@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.data.augment import augmented, border_of, channels_last
-from anybit.data.batches import Batch, first_tensor, predict
+from anybit.data.batches import Batch, first_tensor, naming_sample, predict
 from anybit.data.samples import Samples, draw
 from anybit.data.tasks import Task, correct, named_task, task_loss
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
@@ -130,7 +130,8 @@ def _step(run: _Run, batch: Batch, progress: float) -> Tensor:
 def _pass(run: _Run, batch: Batch) -> Tensor:
     """Add one pass's gradients, unless its loss is not finite; returns the numbers of `_step` for this pass."""
     with _autocast(run.settings, batch):
-        outputs = predict(run.forward, batch)
+        with naming_sample(run.forward, batch, "a training batch"):
+            outputs = predict(run.forward, batch)
         loss = run.trainee.loss(outputs, batch, task_loss(outputs, batch, run.task, run.teacher, run.settings.distill))
     penalty = run.trainee.penalty().to(loss.device)
     labels = batch.labels if run.task.of_one_class else None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, call, map_leaves, tensors_in, unpadded
+from anybit.data.batches import Batch, call, map_leaves, naming_sample, tensors_in, unpadded
 from anybit.errors import AnybitError, UnsupportedModel
 from anybit.networks.layer_types import type_of
 
@@ -369,9 +369,10 @@ def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Bat
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True) for name in samples]
     try:
-        for batch in batches:
+        for index, batch in enumerate(batches):
             mask = batch.mask
-            call(model, batch.inputs)
+            with naming_sample(model, batch, f"batch {index} of the data"):
+                call(model, batch.inputs)
     finally:
         for hook in hooks:
             hook.remove()

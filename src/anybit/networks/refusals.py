@@ -18,8 +18,9 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from anybit.data.batches import Batch, evaluating, predict
-from anybit.errors import AnybitError, UnsupportedModel
+from anybit.data.batches import Batch, evaluating, not_plain, predict
+from anybit.data.outputs import named_tensors
+from anybit.errors import AnybitError, UnsupportedModel, some
 from anybit.networks.layer_types import COVERED, type_of
 from anybit.networks.states import STORED_TYPES
 from anybit.networks.wiring import Wiring, observe_outputs
@@ -111,7 +112,7 @@ def observed_pass(model: nn.Module, example: Batch) -> ObservedPass:
 
 def _checksum(tensor: Tensor) -> int:
     """Return a CRC-32: it certainly differs if one number does, and with many differences it agrees by chance once in four billion."""
-    if torch._C._functorch.is_batchedtensor(tensor):  # its bytes are not accessible
+    if torch._C._functorch.is_batchedtensor(tensor) or not_plain(tensor):  # its bytes are not accessible
         return 0
     flat = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
     return zlib.crc32(flat.view(torch.uint8).numpy().data)
@@ -136,6 +137,12 @@ def moving_state(
         raise UnsupportedModel(
             f"The network runs once on an input and not again ({_first_sentence(error)}). Reset its state in each pass."
         ) from error
+    names = [[name for name, _ in named_tensors(one.output)] for one in (first, last)]
+    if names[0] != names[1]:
+        raise UnsupportedModel(
+            f"The network's outputs are {some(names[0])} in one pass and {some(names[1])} in the next. Let {type(model).__name__} return "
+            "the same ones in the same order in each pass."
+        )
     moved = changed(before, model.state_dict())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in moved:
@@ -262,7 +269,7 @@ def as_observed(model: nn.Module, expected: Mapping[str, int]) -> Iterator[None]
                 )
         calls.clear()
 
-    hooks = [model.register_forward_hook(check)]
+    hooks = [model.register_forward_pre_hook(lambda *_: calls.clear()), model.register_forward_hook(check)]  # the last may have failed
     for name in expected:
         hooks.append(model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name])))
     try:

@@ -6,6 +6,7 @@ the joins, the blocks, and the shapes from which costs are computed.
 """
 
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -376,10 +377,23 @@ def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Ten
         raise
     except Exception as error:  # a model's own checks may raise any error
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(batch.inputs))
-        remedy = "Check --data, --size and the model's own input shape."
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split()).rstrip(".")
+        remedy = _remedy(message, tensors_in(batch.inputs))
         raise InvalidInput(f"The model refuses inputs of shape {shapes}: {type(error).__name__}: {message}. {remedy}") from error
     return observer.finish(output, len(batch)), output
+
+
+def _remedy(message: str, inputs: Sequence[Tensor]) -> str:
+    """Return what to do about inputs that a network refuses with this message."""
+    channels = re.search(r"to have (\d+) channels, but got (\d+) channels", message)
+    if channels and channels.groups() == ("1", "3"):
+        return "Images in folders are read as RGB. Give grey ones as an array uint8 [N, H, W] in a .npz file, or by a function."
+    if channels and channels.groups() == ("3", "1"):
+        return "Give images of three channels: a grey one has its channel three times."
+    if re.search(r"d?type", message) and any(not tensor.is_floating_point() for tensor in inputs):
+        kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in inputs}))
+        return f"The inputs are {kinds}. If the network computes on floats, convert them to float32 first."
+    return "Check --data, --size and the model's own input shape."
 
 
 _PLAIN = ContextVar("plain", default=False)

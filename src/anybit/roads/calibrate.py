@@ -11,9 +11,9 @@ from torch import nn
 from anybit.allocation.choice import Choice, Judge, check_feasible
 from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
 from anybit.calls import public
-from anybit.data.batches import Batch, check_finite
+from anybit.data.batches import Batch, check_finite, naming_sample
 from anybit.data.samples import Calibration, Samples, draw, mirrored, split
-from anybit.data.tasks import LabelledOutputs, Metric, WeightedErrors, labels_in, measure, outputs_of, task_of
+from anybit.data.tasks import LabelledOutputs, Metric, WeightedErrors, joined, labels_in, measure, outputs_of, outputs_of_each, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidSetting, UnsupportedModel
@@ -160,15 +160,15 @@ def prepare_bench(
     with clock.stage("observe and fold"):
         network, calibration, example = _observed(model, samples, settings, budgets)
     with clock.stage("float outputs"), torch.no_grad(), as_observed(network.float_model, network.calls):
-        references = [outputs_of(network.float_model, [batch]) for batch in calibration.fitting]
-        held_out = [outputs_of(network.float_model, [batch]) for batch in calibration.held_out]
+        references = outputs_of_each(network.float_model, calibration.fitting)
+        held_out = outputs_of_each(network.float_model, calibration.held_out)
         check_rows(network.float_model, [*references, *held_out], calibration.fitting + calibration.held_out, example)
-        reference = torch.cat(held_out)
+        reference = joined(held_out)
         labels = labels_in(calibration.held_out)
         on_labels = LabelledOutputs(reference, labels, calibration.held_out[0].reader) if labels is not None else None
         if on_labels is None and tests is not None:
             on_labels = LabelledOutputs.of(network.float_model, [next(tests.batches(settings.batch_size))])
-        shown = torch.cat([*references, reference]) if reference.dim() == 2 else reference
+        shown = joined([*references, reference]) if reference.dim() == 2 else reference
         task = task_of(shown, calibration.held_out[0].reader, settings.task, on_labels, model)
         scored = labels is not None and labels_fit(
             reference, labels, task, needed=metric is None and any(one.loss() is DROP for one in budgets)
@@ -226,7 +226,9 @@ def _observed(
     if settings.mirror:
         calibration = mirrored(calibration)
     example = example_of(calibration)
-    network = with_coarse(with_latencies(observe_network(model, example, settings.options), budgets), calibration.fitting[0])
+    network = with_latencies(observe_network(model, example, settings.options), budgets)
+    with naming_sample(network.float_model, calibration.fitting[0], "the first batch of the data"):
+        network = with_coarse(network, calibration.fitting[0])
     for note in notes_on(network):
         tell("note", note=note)
     check_memory(network, calibration, settings)

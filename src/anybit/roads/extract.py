@@ -15,7 +15,7 @@ from anybit.budget import LATENCY, Budget
 from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.data.samples import Samples, draw, mirrored, split
-from anybit.data.tasks import Metric, outputs_of, task_of
+from anybit.data.tasks import Metric, outputs_of, outputs_of_each, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidFile, InvalidSetting
@@ -91,7 +91,7 @@ def polished(
     check_memory(network, calibration, settings)
     own = replace(candidates_of(canonical), edges=dict(canonical.edges))
     with torch.no_grad():
-        references = [outputs_of(network.float_model, [batch]) for batch in calibration.fitting]
+        references = outputs_of_each(network.float_model, calibration.fitting)
         reference = outputs_of(network.float_model, calibration.held_out)
     targets = batch_norm_targets(network, calibration, settings)
     table = SensitivityTable({(name, precision): 0.0 for name, precision in scheme.items()}, FLOAT, 0)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from anybit.data.batches import Batch, join
-from anybit.data.outputs import OutputReader
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, Task, check_labels, check_metric
 from anybit.errors import InvalidInput, InvalidSetting, naming
@@ -61,10 +60,10 @@ def follow_model(
 
 
 def read_alike(tests: Samples | None, samples: Samples, model: nn.Module, task: str | None) -> Samples | None:
-    """Return the test samples with the samples' reader of several outputs, and labels as the task, or the model's outputs, ask for."""
+    """Return the test samples with the samples' reader, unless they have one, and labels as the task, or the model's outputs, ask for."""
     if tests is None:
         return None
-    return with_class_numbers(model, replace(tests, reader=samples.reader) if isinstance(samples.reader, OutputReader) else tests, task)
+    return with_class_numbers(model, replace(tests, reader=samples.reader) if tests.reader is None else tests, task)
 
 
 def unread_in_words(network: ObservedNetwork) -> str:

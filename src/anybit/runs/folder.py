@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from anybit.errors import AnybitError, InvalidFile, InvalidSetting
+from anybit.errors import AnybitError, InvalidFile, InvalidSetting, some
 from anybit.files.whole import OLD, check_place, drafts_folder, is_draft
 from anybit.runs.names import CHECKPOINT, DRAFT_OF_CHECKPOINT, REPORT, RUN_FILES, SCHEME, SUPERNET, SUPERNET_JSON
 from anybit.sources.references import did_you_mean_path
@@ -117,6 +117,16 @@ def check_supernet(path: Path) -> None:
         raise InvalidFile(f"{path} is a run, not a supernet: it has no {SUPERNET_JSON}. Train one with anybit train.")
 
 
+def _taken(path: Path) -> str:
+    """Say what a place holds that is no run folder, and what to do."""
+    names = {item.name for item in path.iterdir()} if path.is_dir() else set()
+    state = "an unfinished training" if CHECKPOINT in names else "a run" if REPORT in names else ""
+    others = sorted(names - RUN_FILES - {CHECKPOINT, DRAFT_OF_CHECKPOINT})
+    if state and others:
+        return f"holds {state} and other files ({some(others)}). Move these away, or choose another --output."
+    return "exists and is not a run folder of anybit, or holds other files. Choose another --output."
+
+
 def check_free(path: Path, overwrite: bool = False, unfinished: bool = False) -> None:
     """Raise InvalidSetting if `path` is taken: by a run that may not be overwritten, or by anything else.
 
@@ -129,7 +139,9 @@ def check_free(path: Path, overwrite: bool = False, unfinished: bool = False) ->
         if unfinished or overwrite:
             return
         raise InvalidSetting(f"{path} holds an unfinished training. Continue it with the same verb, or give --overwrite.")
+    if path.is_symlink():
+        raise InvalidSetting(f"{path} is a symbolic link to {path.resolve()}. Name that place itself with --output.")
     if not is_run(path):
-        raise InvalidSetting(f"{path} exists and is not a run folder of anybit, or holds other files. Choose another --output.")
+        raise InvalidSetting(f"{path} {_taken(path)}")
     if not overwrite:
         raise InvalidSetting(f"{path} holds a finished run. Choose another --output, or give --overwrite.")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from anybit.data.batches import check_plain
 from anybit.data.samples import ArrayDataset, NamedArrays, Samples, are_one_hot
 from anybit.errors import InvalidFile, InvalidInput
 from anybit.files.strict import in_words
@@ -32,6 +33,10 @@ def read_samples(path: Path, subset: str, preprocessing: Preprocessing, workers:
                 names = list(stored)
                 arrays = {name: stored[key] for name, key in _keys(names, subset, taken).items()}
     except Exception as error:
+        if "allow_pickle" in str(error) and path.read_bytes()[:2] not in (b"PK", b"\x93N"):
+            raise InvalidFile(
+                f"{path} is not a file of arrays: numpy.save or numpy.savez did not write it. Write it with one of them."
+            ) from error
         if "allow_pickle" in str(error):  # numpy's advice would run code
             raise InvalidFile(f"{path} cannot be read as arrays: it holds Python objects, not numbers. Save arrays of numbers.") from error
         raise InvalidFile(f"{path} cannot be read as arrays: {in_words(error)}") from error
@@ -57,8 +62,8 @@ def samples_of_arrays(
     y = None if y is None else _labels(_numbers(y, "y", where), where)
     lengths = {len(array) for array in (*arrays.values(), *(() if y is None else (y,)))}
     if len(lengths) > 1:
-        counts = ", ".join(f"{len(array)} {f'in element {name}' if name.isdigit() else name}" for name, array in arrays.items())
-        raise InvalidInput(f"{where}{counts}" + ("" if y is None else f" and {len(y)} labels") + " are there. Give as many of each.")
+        counts = [*(f"{len(array)} {name}" for name, array in arrays.items()), *([] if y is None else [f"{len(y)} labels"])]
+        raise InvalidInput(f"{where}{', '.join(counts[:-1])} and {counts[-1]}. Give as many of each.")
     one_hot = 1 if y is not None and y.ndim == 2 and len(y) and are_one_hot(y, 1) else None
     mean, std = preprocessing.mean, preprocessing.std
     alone = set(arrays) == {"x"}
@@ -73,14 +78,15 @@ def array_of(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
     """Return a tensor as an array."""
     if isinstance(tensor, np.ndarray):
         return tensor
-    tensor = tensor.detach().cpu().resolve_conj()
+    check_plain(tensor)
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # numpy has no bfloat16; every value of it is a float32
 
 
 def _numbers(array: np.ndarray, name: str, where: str) -> np.ndarray:
     """Return the array in this machine's byte order, in a type that PyTorch supports. Raises InvalidInput if it holds no numbers."""
     if array.dtype.kind in KINDS:
-        cure = "numpy.unique(y, return_inverse=True)[1] numbers them" if name == "y" else "Turn them into numbers first"
+        cure = "numpy.unique(y, return_inverse=True)[1] numbers them" if name in ("y", "labels") else "Turn them into numbers first"
         raise InvalidInput(f"{where}{name} holds {KINDS[array.dtype.kind]} ({array.dtype}), not numbers. {cure}.")
     if not array.ndim:
         raise InvalidInput(f"{where}{name} is a single number, not an array with a first dimension of samples. Give [N, ...].")

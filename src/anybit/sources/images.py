@@ -30,6 +30,7 @@ class ImageFolder(Dataset):
 
     def __init__(self, root: Path, preprocessing: Preprocessing):
         import_optional("PIL.Image", "pillow", f"The folder of images {root}")
+        _check_channels(preprocessing)
         _check_size(preprocessing)
         self.preprocessing = preprocessing
         files = _images(root)
@@ -55,6 +56,14 @@ class ImageFolder(Dataset):
         path, label = self.items[index]
         image = read_image(path, self.preprocessing)
         return (image, label) if self.labelled else image
+
+
+def _check_channels(preprocessing: Preprocessing) -> None:
+    """Raise InvalidSetting unless mean and deviation have one number for all channels of an image, or for each."""
+    for name in ("mean", "std"):
+        values = getattr(preprocessing, name)
+        if values is not None and len(values) not in (1, 3):
+            raise InvalidSetting(f"--{name} has {len(values)} numbers, and images in folders are read as RGB. Give 3, or one for all.")
 
 
 def _check_size(preprocessing: Preprocessing) -> None:

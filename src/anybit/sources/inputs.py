@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, default_collate
 
-from anybit.data.batches import Batch, check_finite, evaluating, predict, tensors_in
+from anybit.data.batches import Batch, check_finite, check_plain, evaluating, predict, stacked, tensors_in
 from anybit.data.options import TEXT_SUFFIXES, parse_columns
 from anybit.data.outputs import OutputReader, output_reader
+from anybit.data.readers import token_reader
 from anybit.data.reading import elements_of, item_of, length_of
 from anybit.data.samples import NamedArrays, Samples, are_one_hot, fractions, have_form_of_classes
 from anybit.data.texts import read_rows
-from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel, naming
+from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel, naming, some
 from anybit.networks.copies import copied
 from anybit.networks.states import check_finite_weights
 from anybit.progress import tell
@@ -27,7 +28,7 @@ from anybit.sources.images import ImageFolder
 from anybit.sources.items import as_column, is_batch, read_items, rows_of, runs, samples_of_items
 from anybit.sources.models import huggingface, is_transformers
 from anybit.sources.preprocessing import Preprocessing
-from anybit.sources.references import check_data, split_subset
+from anybit.sources.references import check_data, is_of_arrays, split_subset
 
 BYTES = 2**31
 """Most bytes held of an iterable of unknown length; more are an error."""
@@ -46,7 +47,7 @@ def load_data(
     """Return the samples that `reference` names: an image folder, `file.npy`, `file.npz` or `file.npz#test`, texts, or a function that
     returns a data set or loader. Texts are tokenized by the tokenizer of `model`, and arrays may have the names of its inputs."""
     path, subset = split_subset(reference)
-    if path.endswith((".npz", ".npy")) and not Path(path).is_dir():
+    if is_of_arrays(path) and not Path(path).is_dir():
         if preprocessing.size or preprocessing.resize:
             raise InvalidSetting("--size and --resize apply to image folders; images in arrays are used unchanged.")
         return _read_by(model, read_samples(Path(path), subset, preprocessing, workers, model))
@@ -97,13 +98,22 @@ def as_samples(data: Any, workers: int = 0, model: nn.Module | None = None, most
     """
     if isinstance(data, (list, tuple)) and len(data) and isinstance(data[0], str):
         raise InvalidInput("Plain texts cannot be used: write them to a file (--data texts.tsv), or give tokens.")
-    return _read_by(model, _as_samples(data, workers, model, most))
+    if isinstance(data, (torch.Tensor, tuple, Mapping)):
+        check_plain(data)
+    return _read_by(model, _as_samples(_without_none(data), workers, model, most))
+
+
+def _without_none(data: Any) -> Any:
+    """Return (x, y, None) as (x, y), and (x, None) as x."""
+    if not isinstance(data, tuple) or not any(map(_is_array, data)):
+        return data
+    parts = tuple(part for part in data if part is not None)
+    return parts[0] if len(parts) == 1 < len(data) else parts if len(parts) < len(data) else data
 
 
 def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | None) -> Samples:
     if isinstance(data, Samples):
-        length_of(data.dataset, data.name)
-        return data
+        return _samples_by_names(data, model) if length_of(data.dataset, data.name) else data
     if isinstance(data, DataLoader):
         return _samples_of_loader(data, workers, model, most)
     if _is_array(data):
@@ -123,6 +133,25 @@ def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | No
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
         return _samples_of_iterable(data, workers, model, most)
     raise InvalidInput(f"Data of type {type(data).__name__} cannot be used. Give a data set with a length, a loader, or arrays (x, y).")
+
+
+def _samples_by_names(samples: Samples, model: nn.Module | None) -> Samples:
+    """Return the samples with dictionaries read as those of a data set: the name of an entry says whether it is the label."""
+    if samples.split is not None or samples.reader is not None or samples.collate is not stacked:
+        return samples
+    item = item_of(samples.dataset, 0, samples.name)
+    texts = item[0] if samples.labelled and isinstance(item, (tuple, list)) and item else item
+    if not isinstance(texts, Mapping) or not (samples.labelled or "labels" in texts):
+        return samples
+    form = read_items(samples.dataset, samples.workers, model)[1]
+    if samples.labelled and form.label is None:
+        raise InvalidInput(
+            f"The data is said to be labelled, but its items are dictionaries of {some([str(key) for key in item])}, none of which is "
+            "a label. Name it 'labels', or give anybit.Samples(data, labelled=False)."
+        )
+    if form.note:
+        tell("note", note=form.note)
+    return replace(samples, labelled=form.label is not None, split=form)
 
 
 def _columns_of(data: Any) -> Mapping[Any, Any]:
@@ -148,7 +177,8 @@ def _is_indexed(data: Any) -> bool:
 
 def _samples_of_arrays(columns: dict[str, np.ndarray], kind: type, workers: int, model: nn.Module | None) -> Samples:
     """Return samples of arrays whose rows form items, tuples or dictionaries: (x, y), (x1, x2) of a network with two inputs, ..."""
-    whole = samples_of_arrays(columns, None, workers, where="The data: ").dataset
+    samples_of_arrays(_in_messages(columns, kind, model), None, workers, where="The data: ")
+    whole = samples_of_arrays(columns, None, workers).dataset
     arrays = whole.arrays if isinstance(whole, NamedArrays) else {"x": whole}
     items, form = read_items(_Rows(arrays, kind), workers, model)
     inputs = [str(key) for key in form.inputs or columns]
@@ -159,6 +189,15 @@ def _samples_of_arrays(columns: dict[str, np.ndarray], kind: type, workers: int,
         return items
     label = None if form.label is None else columns[str(form.label)]
     return samples_of_arrays({name: columns[key] for name, key in zip(names, inputs, strict=True)}, label, workers)
+
+
+def _in_messages(columns: Mapping[str, np.ndarray], kind: type, model: nn.Module | None) -> dict[str, np.ndarray]:
+    """Return the arrays under the names that they have for the user: those of a tuple have places only."""
+    if kind is dict:
+        return dict(columns)
+    if len(columns) == 2 and len(names_of_inputs(model)) < 2:
+        return dict(zip(("inputs", "labels"), columns.values(), strict=True))
+    return {f"rows in element {place}": array for place, array in columns.items()}
 
 
 class _Rows(Sequence):
@@ -326,4 +365,4 @@ def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float], t
         tell("note", note=f"outputs compared, each by its squared error over its mean square: {shown}. --outputs chooses and weighs them")
     if others:
         tell("note", note="outputs not compared: " + ", ".join(f"{name} ({why})" for name, why in others.items()))
-    return with_class_numbers(model, replace(samples, reader=reader), task)
+    return with_class_numbers(model, replace(samples, reader=reader or token_reader(copied(model), batches[0])), task)

@@ -293,6 +293,8 @@ def rows_of(batches: Iterable[Any]) -> list[Any]:
     rows: list[Any] = []
     for batch in batches:
         counts = _counts(batch)
+        if not counts:
+            raise InvalidInput(f"An element of the data, a {type(batch).__name__}, holds no tensor. Give tensors or arrays.")
         if len(set(counts)) != 1:
             raise InvalidInput(
                 f"A batch of the data has tensors of {some([str(one) for one in counts])} samples. Give all the same number."
@@ -302,7 +304,11 @@ def rows_of(batches: Iterable[Any]) -> list[Any]:
 
 
 def is_batch(element: Any) -> bool:
-    """Return whether a sample could also be a batch: all its tensors have the same first dimension."""
+    """Return whether a sample could also be a batch: all its tensors have the same first dimension, and it is not one text with an
+    attention_mask [T]."""
+    texts = element[0] if isinstance(element, (tuple, list)) and element else element
+    if isinstance(texts, Mapping) and getattr(texts.get("attention_mask"), "ndim", 0) == 1:
+        return False
     return len(set(_counts(element))) == 1 and 0 not in _counts(element)
 
 

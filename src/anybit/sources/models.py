@@ -1,6 +1,7 @@
 """Networks from the references of `--model`."""
 
 import importlib
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -87,7 +88,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     with naming("--weights"):
         check_file(path)
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             state: Any = load_file(path)
@@ -95,7 +96,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             _check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InvalidFile(f"Weights file {path} cannot be read as a state dict: {in_words(error)}") from error
+        raise InvalidFile(f"Weights file {path} cannot be read as a state dict: {_unread(error)}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise InvalidFile(f"Weights file {path} holds a {type(state).__name__}, not a state dict of tensors.")
@@ -115,6 +116,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state, strict=False)
     except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse or quantized tensors, or missing storage
         raise InvalidFile(f"Weights file {path} does not fit the model: {in_words(error)}") from error
+
+
+def _unread(error: Exception) -> str:
+    """Say why a weights file cannot be read, without torch's advice to run the code in it."""
+    if "weights_only" not in str(error):
+        return in_words(error)
+    other = re.search(r"GLOBAL (\S+)", str(error))
+    holds = (
+        f"it holds {other[1]}, and only tensors are read" if other else "torch.save did not write it, or wrote other things than tensors"
+    )
+    return f"{holds}. Save model.state_dict(), at best as .safetensors."
 
 
 def _check_archive(path: Path) -> None:

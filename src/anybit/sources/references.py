@@ -29,7 +29,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 def did_you_mean_path(path: Path) -> str:
     """Return a question with an existing path that is similar to this one."""
     beside = sorted(one.name for one in path.parent.iterdir()) if path.parent.is_dir() else []
-    question = did_you_mean(path.name, [name for name in beside if not name.startswith(".")])
+    question = did_you_mean(path.name, [name for name in beside if not name.startswith(".") and name != path.name])
     return question.replace("mean ", f"mean {path.parent}/") if question and path.parent != Path() else question
 
 
@@ -38,6 +38,8 @@ def check_file(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise InvalidFile(f"{path} is a folder. Name a file.")
+    if path.exists() and not path.is_file():
+        raise InvalidFile(f"{path} is a pipe or device, not a file. Name a file.")
     if not path.is_file():
         raise InvalidFile(f"{path} is not there.{did_you_mean_path(path)}")
 
@@ -58,6 +60,8 @@ def check_device(device: object) -> None:
     """Raise InvalidSetting for an unknown device name; only PyTorch knows whether this machine has it."""
     kind, separator, index = str(device).partition(":")
     numbered = not separator or (index.isascii() and index.isdigit() and len(index) < 4 and (kind != "cpu" or index == "0"))
+    if kind == "meta":
+        raise InvalidSetting(f"{device} is not a device that holds numbers. Write {', '.join(DEVICES[:3])} or cuda:1.")
     if kind not in DEVICES or not numbered:
         raise InvalidSetting(f"{device} is not a device. Write {', '.join(DEVICES[:3])} or cuda:1.{did_you_mean(kind, DEVICES)}")
 
@@ -176,9 +180,24 @@ def check_data(reference: str) -> None:
         check_package("datasets", reference)
     elif ":" in reference:
         check_code(reference)
-    elif not place.is_file() or not path.endswith((".npz", ".npy", *TEXT_SUFFIXES)):
+    elif not place.is_file() or not (is_of_arrays(path) or path.endswith(TEXT_SUFFIXES)):
         there = "is no" if place.exists() else "is not there: no"
         raise InvalidInput(
-            f"{path} {there} folder of images, file of arrays (.npz, .npy) or of texts ({', '.join(TEXT_SUFFIXES)})."
-            f"{did_you_mean_path(place)}"
+            f"{path} {there} folder of images, file of arrays (.npz, .npy) or of texts ({', '.join(TEXT_SUFFIXES)}).{_data_meant(place)}"
         )
+
+
+def is_of_arrays(path: str) -> bool:
+    """Return whether a path names a file of arrays, by its suffix in any case."""
+    return path.lower().endswith((".npz", ".npy"))
+
+
+def _data_meant(path: Path) -> str:
+    """Return advice on what a path that names no inputs may mean, after a space."""
+    if not path.is_file():
+        return did_you_mean_path(path)
+    if path.suffix == ".py":
+        functions = [f"{path}:{name}" for name in functions_in(path)]
+        return f" Name the function that returns the data: {' or '.join(functions[:3]) or f'{path}:function'}."
+    lower = path.suffix.lower()
+    return f" Name it {path.with_suffix(lower)}." if lower in TEXT_SUFFIXES else " Give it one of these suffixes if it is one."
