@@ -359,10 +359,11 @@ def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float], t
             raise InvalidSetting(f"--outputs: this network's head for {samples.reader.task} already determines the outputs. Leave it out.")
         return with_class_numbers(model, samples, task)
     batches = [next(samples.subset(range(count)).batches(count)) for count in (2, 3) if count <= len(samples)] or [first_samples(samples)]
-    reader, others = output_reader(copied(model), batches, outputs)
+    own = copied(model)  # a first pass may change it
+    reader, others = output_reader(own, batches, outputs)
     if reader is not None and len(reader.outputs) > 1:
         shown = ", ".join(f"{one.name} {list(one.shape[one.shape[0] == 1 :])}" for one in reader.outputs)
         tell("note", note=f"outputs compared, each by its squared error over its mean square: {shown}. --outputs chooses and weighs them")
     if others:
         tell("note", note="outputs not compared: " + ", ".join(f"{name} ({why})" for name, why in others.items()))
-    return with_class_numbers(model, replace(samples, reader=reader or token_reader(copied(model), batches[0])), task)
+    return with_class_numbers(model, replace(samples, reader=reader or token_reader(own, batches[0])), task)
