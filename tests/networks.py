@@ -6,10 +6,24 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from anybit.data.batches import Batch, call
 from anybit.data.samples import Calibration
 from anybit.networks.layer_types import COVERED
+
+
+class Items(Dataset):
+    """A data set of these items, of any structure."""
+
+    def __init__(self, items: list):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> object:
+        return self.items[index]
 
 
 class Chain(nn.Module):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import Items
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -43,17 +44,6 @@ class Unmasked(Tagger):
         return super().forward(ids).mean(1)
 
 
-class Plain(torch.utils.data.Dataset):
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
-
 def texts(count=24):
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(1, 20, (1 + index % 7,), generator=generator) for index in range(count)]
@@ -61,7 +51,7 @@ def texts(count=24):
 
 
 FORMS = {
-    "data set": Plain,
+    "data set": Items,
     "list": list,
     "labelled": lambda items: anybit.Samples(items, labelled=True),
     "unlabelled": lambda items: anybit.Samples(items, labelled=False),
@@ -84,7 +74,7 @@ def test_calibration_runs_on_batches_of_several_lengths():
 
 
 def test_a_dictionary_that_the_forward_receives_whole_is_unpadded_too():
-    assert anybit.evaluate(Whole(), Plain(texts()), batch_size=5)["top1"] == 100
+    assert anybit.evaluate(Whole(), Items(texts()), batch_size=5)["top1"] == 100
 
 
 def test_samples_said_to_be_labelled_need_a_label_by_name():

@@ -9,6 +9,7 @@ from networks import (
     NETWORKS,
     CalledTwice,
     Chain,
+    Items,
     NoBatchNorm,
     Residual,
     SharedWeight,
@@ -23,7 +24,6 @@ from networks import (
     tokens,
 )
 from torch import nn
-from torch.utils.data import Dataset
 
 import anybit
 from anybit.data.samples import Samples
@@ -42,19 +42,6 @@ from anybit.runs.opened import load
 from anybit.scheme import Precision
 
 FAST = {**QUICK, "pipeline": "light", "samples": 24, "weight_bits": (4, 8), "activation_bits": (8,)}
-
-
-class Items(Dataset):
-    """Unlabelled samples of any structure."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
 
 
 def samples_of(name: str, count: int = 24) -> Samples:

@@ -229,7 +229,7 @@ def _headline(record: Record) -> Context:
     result = record.result
     if result is None:
         count = f"{len(record.search.front)} subnets on the front" if record.search else f"{len(record.subnets)} uniform subnets"
-        amounts = [] if record.search is None else [_found(budget, row, record.search) for budget, row in record.search.budgets.items()]
+        amounts = [] if record.search is None else [_within(budget, row, record.search) for budget, row in record.search.budgets.items()]
         return {"headline": f"A supernet: {count}", "lead": "Each is a separate network, from one stored file.", "amounts": amounts}
     whole = f"float {human_bytes(record.float_bytes)}; {result.percent:.1f} % of it" if record.float_bytes else ""
     amounts = [
@@ -270,7 +270,7 @@ def _interval(record: Record) -> str:
     return f"95 % interval of the loss of accuracy, on {count} test samples: {ends} points."
 
 
-def _found(budget: str, row: FoundFor, search: SearchRecord) -> Amount:
+def _within(budget: str, row: FoundFor, search: SearchRecord) -> Amount:
     """Return a search's scheme for a budget: its size, and its score as measured last."""
     same = next((one for one in (*search.front, *search.evaluated) if one.scheme == row.scheme), None)
     score = None if same is None else same.score if same.measured is None else same.measured
