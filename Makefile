@@ -69,8 +69,8 @@ tables-check: .venv/ready  ## the same, compared with what is committed
 reference: .venv/ready  ## the tables of options in docs/command-line.md
 	$(BIN)/python docs/reference.py
 
-docs: .venv/ready  ## the documentation as a site in docs/_build, every page of it executed; some minutes
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+docs: .venv/ready  ## the documentation as a site in docs/_build, every page of it executed; a minute or two
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 lint: .venv/ready
