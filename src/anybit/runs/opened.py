@@ -115,6 +115,7 @@ def recorded_preprocessing(run: str | Path) -> Preprocessing:
 
 def recorded_task(run: Run) -> str | None:
     """Return a run's task; None, so that labels decide, for a regression that nobody named: outputs without labels may be taken for it."""
+    task: str | None
     if isinstance(run, str | Path):
         task, report = read_scheme(Path(run)).task, read_report(Path(run)) if (Path(run) / REPORT).is_file() else {}
     else:
