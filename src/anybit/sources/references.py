@@ -162,8 +162,8 @@ def _model_meant(reference: str) -> str:
 def split_subset(reference: str) -> tuple[str, str]:
     """Split `file.npz#test` into ("file.npz", "test"), and `hf:data#test` alike. An existing path wins, since `#` may be part of a name."""
     if reference.startswith("hf:"):
-        place, subset = split_subset(reference.removeprefix("hf:"))
-        return f"hf:{place}", subset
+        name, subset = split_subset(reference.removeprefix("hf:"))
+        return f"hf:{name}", subset
     marks = [place for place, letter in enumerate(reference) if letter == PARTS]
     if not marks or Path(reference).exists():
         return reference, ""
