@@ -11,7 +11,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset, default_collate
 
-from anybit.data.batches import Batch, check_finite, check_finite_outputs, check_plain, evaluating, predict, stacked, tensors_in
+from anybit.data.batches import (
+    Batch,
+    check_finite,
+    check_finite_outputs,
+    check_plain,
+    evaluating,
+    naming_sample,
+    predict,
+    stacked,
+    tensors_in,
+)
 from anybit.data.options import TEXT_SUFFIXES, parse_columns, suffix_of
 from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.readers import token_reader
@@ -362,8 +372,9 @@ def _rows_are_one_hot(samples: Samples) -> bool:
 def check_outputs(model: nn.Module, batch: Batch) -> None:
     """Raise InvalidInput if an input is NaN or infinite; UnsupportedModel if the model's outputs are, naming the weight if one is."""
     check_finite([batch])
-    with evaluating(model):
-        outputs = predict(copied(model), batch)
+    own = copied(model)
+    with evaluating(own), naming_sample(own, batch, "the first batch of the data"):
+        outputs = predict(own, batch)
     if not torch.isfinite(outputs).all():
         check_finite_weights(model)
         check_finite_outputs([outputs], [batch])
