@@ -434,7 +434,7 @@ def test_rejects_weight_whose_scale_exceeds_float32_before_any_data():
     model = make(Chain)
     with torch.no_grad():
         model.bn1.weight.fill_(3e38)
-    with pytest.raises(UnsupportedModel, match=r"conv1: the weight, with its batch norm folded.*--keep 'conv1=float'"):
+    with pytest.raises(UnsupportedModel, match=r"conv1: the weight, with its batch norm folded.*--keep='conv1=float'"):
         observe_network(model, Batch(pictures(2)), SETTINGS.options)
 
 

@@ -44,7 +44,7 @@ def library_model(library: str, name: str, weights: str | None) -> nn.Module:
     Raises MissingPackage if the library cannot be imported, and InvalidSetting if it has no such network, or its weights cannot be
     downloaded.
     """
-    reference = f"--model {library}:{name}"
+    reference = f"--model={library}:{name}"
     source = LIBRARIES[library](reference)
     if not source.has(name):
         raise InvalidSetting(f"{reference}: {library} has no network of this name.{did_you_mean(name, source.names())}")
@@ -57,8 +57,8 @@ def library_model(library: str, name: str, weights: str | None) -> nn.Module:
             return source.make(name, True)
     except Exception as error:
         raise InvalidSetting(
-            f"{reference}: its weights cannot be downloaded ({in_words(error).rstrip('.')}). Give a file with --weights FILE, or draw "
-            f"random ones to inspect layers, sizes and speed with --weights {RANDOM}."
+            f"{reference}: its weights cannot be downloaded ({in_words(error).rstrip('.')}). Give a file with --weights=FILE, or draw "
+            f"random ones to inspect layers, sizes and speed with --weights={RANDOM}."
         ) from error
 
 
