@@ -103,7 +103,7 @@ def test_kept_layers_have_one_choice():
 
 
 def test_rejects_pattern_without_layers_with_near_matches():
-    with pytest.raises(InvalidSetting, match=r"block1\.conv3=W8A8 matches no quantizable layer.*block1\.conv"):
+    with pytest.raises(InvalidSetting, match=r"block1\.conv3=W8A8. matches no quantizable layer.*block1\.conv"):
         observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(keep={"block1.conv3": Precision(8, 8)}).options)
 
 
