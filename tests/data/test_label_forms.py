@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import anybit
 from anybit.data.tasks import guess_task, score
@@ -68,13 +68,67 @@ def test_a_later_mask_that_is_not_one_hot_is_named(masks):
     assert "no class or several" in refusal(lambda: anybit.evaluate(pixels(), (IMAGES, one_hot)))
 
 
-def test_rows_of_a_data_set_that_begin_one_hot_are_several_labels(classes):
-    """Of arrays all rows are looked at; of a data set only the first, where a few labels may look like classes."""
-    one_hot = F.one_hot(classes, C)
-    assert "top1" in anybit.evaluate(net(), (X, one_hot))
-    assert "top1" in anybit.evaluate(net(), TensorDataset(X, one_hot), task="classification")
+class Loaded(Dataset):
+    """A data set whose items are computed one by one."""
+
+    def __init__(self, x, labels):
+        self.x, self.labels = x, labels
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index], self.labels[index]
+
+
+def saved(folder, x, labels):
+    np.savez(folder / "data.npz", x=x.numpy(), y=labels.numpy())
+    return str(folder / "data.npz")
+
+
+CONTAINERS = {
+    "arrays": lambda folder, *data: data,
+    "file": saved,
+    "tensors": lambda folder, *data: TensorDataset(*data),
+    "data set": lambda folder, *data: Loaded(*data),
+    "subset": lambda folder, *data: Subset(Loaded(*data), range(N)),
+    "items": lambda folder, *data: list(zip(*data, strict=True)),
+    "batches": lambda folder, x, labels: DataLoader(list(zip(x.split(8), labels.split(8), strict=True)), batch_size=None),
+    "loader": lambda folder, *data: DataLoader(TensorDataset(*data), batch_size=5),
+    "dictionaries": lambda folder, x, labels: [{"x": one, "label": label} for one, label in zip(x, labels, strict=True)],
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_rows_of_labels_are_read_alike_in_every_container(classes, container, tmp_path):
+    """Rows that all are one-hot are classes, which is said; others are several labels, also if the first rows are one-hot."""
+    make, one_hot, expected = CONTAINERS[container], F.one_hot(classes, C), anybit.evaluate(net(), (X, classes))
+    for labels in (one_hot, one_hot.float()):
+        data = make(tmp_path, X, labels)
+        assert anybit.evaluate(net(), data) == expected
+        notes = notes_of(lambda data=data: anybit.evaluate(net(), data))
+        assert "one-hot" in notes and "--task multi-label" in notes
+    assert "f1" in anybit.evaluate(net(), make(tmp_path, X, one_hot), task="multi-label")
     one_hot[20] = 1
-    assert "f1" in anybit.evaluate(net(), TensorDataset(X, one_hot)) and "f1" in anybit.evaluate(net(), (X, one_hot))
+    assert "f1" in anybit.evaluate(net(), make(tmp_path, X, one_hot))
+
+
+def test_a_late_row_of_many_that_is_not_one_hot_is_refused_by_name(classes):
+    x, one_hot = X.repeat(6, 1), F.one_hot(classes, C).repeat(6, 1)
+    one_hot[17] = 1  # no sample that is looked at
+    message = refusal(lambda: anybit.evaluate(net(), Loaded(x, one_hot)))
+    assert "no class or several" in message and "multi-label" in message
+    assert "f1" in anybit.evaluate(net(), Loaded(x, one_hot), task="multi-label")
+
+
+def test_tests_have_as_many_labels_per_sample_as_the_data(classes):
+    """Test labels that happen to be one-hot are read as those of the data."""
+    several = F.one_hot(classes, C).repeat(3, 1)
+    several[::2, 0] = 1
+    data, one_hot = TensorDataset(X.repeat(3, 1), several), F.one_hot(classes, C)
+    assert "f1" in anybit.calibrate(net(), data, "6bit", test=(X, one_hot), **QUICK).report["test"]
+    assert "f1" in anybit.grow(net(), data, "6bit", test=(X, one_hot), epochs=1).report["test"]
+    assert "top1" in anybit.calibrate(net(), (X, classes), "6bit", test=(X, one_hot), **QUICK).report["test"]
 
 
 @pytest.mark.parametrize(("task", "key"), [("multi-label", "f1"), ("regression", "loss"), ("classification", "top1")])

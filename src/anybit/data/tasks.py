@@ -38,10 +38,6 @@ VOID = 255
 """The label of a place that is not scored if there are fewer classes, as in PASCAL VOC."""
 
 
-LABELS_TELL = ("classification", "token-classification", "segmentation", "multi-label", "regression", "detection")
-"""Tasks that labels can identify."""
-
-
 class Task:
     """The interface of every task; subclasses override what differs.
 
@@ -385,6 +381,7 @@ def _other_tasks(outputs: Tensor, labels: Tensor) -> str:
     """Return advice on labels that do not fit a task: the tasks whose labels have this form."""
     whole = not labels.is_floating_point()
     fitting = {
+        "classification": whole and labels.dim() == 1 and outputs.dim() == 2 and outputs.shape[1] > 1,
         "segmentation": whole and outputs.dim() > 2 and _as_masks(labels, outputs).shape == (len(outputs), *outputs.shape[2:]),
         "token-classification": whole and outputs.dim() == 3 and labels.shape == outputs.shape[:2],
         "multi-label": labels.numel() == outputs.numel() and bool(((labels == 0) | (labels == 1)).all()),
@@ -590,7 +587,7 @@ def compare_exported(
         pairs = zip(task.reader.outputs, task.tensors(simulated), task.tensors(exported), strict=True)
         report["simulation"]["outputs"] = {output.name: _apart(one, other) for output, one, other in pairs}
     labels = labels_in(batches)
-    if labels is not None and (metric is not None or fits(simulated, labels, task)):
+    if labels is not None and (metric is not None or labels_fit(simulated, labels, task)):
         both = {"simulated": simulated, "exported": exported}
         report["accuracy"] = {kind: score(outputs, labels, task, metric, batches[0].reader) for kind, outputs in both.items()}
     return report
@@ -628,6 +625,19 @@ def fits(outputs: Tensor, labels: Tensor, task: str | Task) -> bool:
         check_labels(outputs, labels, task)
         return True
     return False
+
+
+def labels_fit(outputs: Tensor, labels: Tensor, task: Task, needed: bool = False) -> bool:
+    """Return whether the labels fit the task. If not, raise InvalidInput if they are `needed`, or if they are class numbers that the
+    network lacks, which is always a mistake; otherwise leave a note."""
+    try:
+        check_labels(outputs, labels, task)
+    except InvalidInput as error:
+        if needed or (task.of_one_class and labels.dim() == 1 and labels.dtype == torch.int64):
+            raise
+        tell("note", note=f"the labels of the data are not used in this run: {str(error).rstrip('.')}")
+        return False
+    return True
 
 
 def check_metric(metric: Metric | None, task: str | Task) -> None:

@@ -44,6 +44,7 @@ from anybit.runs.folder import is_run, new_folder
 from anybit.runs.names import MODEL
 from anybit.runs.opened import first_of, inputs_for, opened
 from anybit.runs.scheme_file import SchemeFile
+from anybit.sources.inputs import compared, task_of_labels
 from anybit.sources.models import is_transformers
 
 if TYPE_CHECKING:
@@ -294,7 +295,8 @@ def verify_folder(
     if failures:  # only the run's own files are passed to transformers
         tell("result", ok=False, failures=failures)
         return report
-    inputs = first_of(inputs_for(run, file, canonical.model, data, workers), samples)
+    inputs = compared(canonical.model, inputs_for(run, file, canonical.model, data, workers), {}, task_of_labels(None, file.task))
+    inputs = first_of(inputs, samples)
     batches = list(inputs.batches(64))
     check_metric_on(canonical.model, batches, metric)
     with tempfile.TemporaryDirectory() as place:

@@ -33,7 +33,7 @@ from anybit.progress import enter, plan, tell, track
 from anybit.reports.bars import shown_in_notebooks
 from anybit.runs.opened import Run, first_of, inputs_for, opened
 from anybit.scheme import Precision, parsed_keep
-from anybit.sources.inputs import as_samples, compared, load_data
+from anybit.sources.inputs import as_samples, compared, load_data, task_of_labels
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing
 
@@ -128,7 +128,8 @@ def verify(
     path = Path(onnx)
     canonical, file = opened(run, model)
     integer = load(path)
-    inputs = compared(canonical.model, inputs_for(run, file, canonical.model, data, workers), file.outputs or {})
+    inputs = inputs_for(run, file, canonical.model, data, workers)
+    inputs = compared(canonical.model, inputs, file.outputs or {}, task_of_labels(None, file.task))
     first = _first(inputs, CHECKED)
     check_metric_on(canonical.model, first_of(inputs, samples).batches(CHECKED), metric)
     plan([("graph", 3.0), ("kernels and codes", 3.0), ("runtime", 1.0), ("simulation", 1.0)], measured=False)

@@ -13,7 +13,7 @@ from anybit.allocation.sensitivity import SensitivityTable, rows_to_measure
 from anybit.budget import DROP, Budget
 from anybit.calls import public
 from anybit.data.samples import draw, mirrored, split
-from anybit.data.tasks import Metric, labels_in, outputs_of, task_of
+from anybit.data.tasks import Metric, labels_fit, labels_in, outputs_of, task_of
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.files.cache import open_cache
@@ -25,7 +25,7 @@ from anybit.progress import plan
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.calibrate import finish
 from anybit.roads.expected import Calibration
-from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, labels_fit, on_device, read_alike
+from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, on_device, read_alike
 from anybit.roads.keys import key_of_run, weights_digest
 from anybit.roads.latencies import with_latencies
 from anybit.roads.memory import check_memory
@@ -38,7 +38,7 @@ from anybit.runs.folder import runs_in
 from anybit.runs.opened import float_model_of, followed_reference, recorded_data
 from anybit.runs.scheme_file import read_scheme
 from anybit.sources.callables import absolute
-from anybit.sources.inputs import compared, samples_from
+from anybit.sources.inputs import compared, samples_from, task_of_labels
 from anybit.sources.preprocessing import Preprocessing
 
 
@@ -88,10 +88,11 @@ def allocate(
     )
     if test is None:
         check_metric_has_labels(metric, samples)
+    read_as = task_of_labels(settings.task, file.task)
     if "outputs" in saved["settings"]:  # else its table only covers the first output
-        samples = compared(float_model, samples, settings.outputs, settings.task)
+        samples = compared(float_model, samples, settings.outputs, read_as)
     tests = None if test is None else checked_tests(samples_from(test, workers, recorded, float_model).on(device), float_model)
-    tests = read_alike(tests, samples, float_model, settings.task)
+    tests = read_alike(tests, samples, float_model, read_as)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
         if settings.mirror:

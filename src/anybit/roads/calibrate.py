@@ -13,7 +13,18 @@ from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
 from anybit.calls import public
 from anybit.data.batches import Batch, check_finite, naming_sample
 from anybit.data.samples import Calibration, Samples, draw, mirrored, split
-from anybit.data.tasks import LabelledOutputs, Metric, WeightedErrors, joined, labels_in, measure, outputs_of, outputs_of_each, task_of
+from anybit.data.tasks import (
+    LabelledOutputs,
+    Metric,
+    WeightedErrors,
+    joined,
+    labels_fit,
+    labels_in,
+    measure,
+    outputs_of,
+    outputs_of_each,
+    task_of,
+)
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidSetting, UnsupportedModel
@@ -35,7 +46,6 @@ from anybit.roads.inputs import (
     compared,
     example_of,
     follow_model,
-    labels_fit,
     notes_of,
     notes_on,
     on_device,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from anybit.calls import public
-from anybit.data.tasks import LABELS_TELL, Metric
+from anybit.data.tasks import Metric
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.errors import InvalidInput
 from anybit.progress import tell
@@ -64,7 +64,7 @@ def _network(model: nn.Module | Run, preprocessing: Preprocessing, task: str | N
         return adapted_network(model), preprocessing, task
     if not isinstance(model, str | Path):
         recorded = Preprocessing.from_json(model.about.get("preprocessing", {}))
-        return model.canonical.model, overridden(recorded, preprocessing), task or _unless_labels_decide(model.about.get("task"))
+        return model.canonical.model, overridden(recorded, preprocessing), task or recorded_task(model)
     if (Path(model) / SCHEME).is_file():
         return evaluated_network(Path(model), None, None, preprocessing, task)
     return load_model(str(model), None, task), preprocessing, task
@@ -79,17 +79,11 @@ def recorded_outputs(model: nn.Module | Run) -> Mapping[str, float]:
     return (read_scheme(Path(model)).outputs or {}) if (Path(model) / SCHEME).is_file() else {}
 
 
-def _unless_labels_decide(task: str | None) -> str | None:
-    """Return a recorded task; None if labels can decide it, because a run without labels may have guessed it wrongly."""
-    return None if task in LABELS_TELL else task
-
-
 def evaluated_network(
     run: Path | None, model: str | None, weights: str | None, preprocessing: Preprocessing, task: str | None
 ) -> tuple[nn.Module, Preprocessing, str | None]:
     """Return (the network, preprocessing, task) of a run, by default as recorded, or of a float network given by reference."""
     if run is not None:
-        recorded = _unless_labels_decide(recorded_task(run))
-        return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded
+        return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded_task(run)
     assert model is not None  # given unless there is a run
     return load_model(model, weights, task), preprocessing, task

@@ -45,7 +45,7 @@ from anybit.roads.steps import CalibrationState, batch_norm_targets
 from anybit.runs.scheme_file import read_scheme
 from anybit.scheme import FLOAT, Scheme, check_whole
 from anybit.settings import takes
-from anybit.sources.inputs import compared, samples_from
+from anybit.sources.inputs import compared, samples_from, task_of_labels
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.folder import load_supernet
 from anybit.supernets.prepared import bn_batches, held_out_split
@@ -159,12 +159,13 @@ def extract(
         canonical = _with_observed_edges(supernet, supernet.canonical(), batches)
     tests = None
     if test is not None:
+        read_as = task_of_labels(supernet.settings.task, supernet.task)
         preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
         tests = checked_tests(samples_from(test, workers, preprocessing, canonical.model), canonical.model)
         tests = (
-            compared(canonical.model, tests, supernet.settings.outputs, supernet.settings.task)
+            compared(canonical.model, tests, supernet.settings.outputs, read_as)
             if samples is None
-            else read_alike(tests, samples, canonical.model, supernet.settings.task)
+            else read_alike(tests, samples, canonical.model, read_as)
         )
     ladder: list[dict[str, Any]] = []
     if polish:

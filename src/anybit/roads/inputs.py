@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from anybit.data.batches import Batch, join
 from anybit.data.samples import Calibration, Samples
-from anybit.data.tasks import Metric, Task, check_labels, check_metric
+from anybit.data.tasks import Metric, check_metric
 from anybit.errors import InvalidInput, InvalidSetting, naming
 from anybit.files.whole import check_place
 from anybit.loops.processes import join_processes
@@ -20,12 +19,11 @@ from anybit.networks.copies import checked_copy, copied
 from anybit.networks.observed import ObservedNetwork, activation_bits
 from anybit.networks.refusals import check_network
 from anybit.networks.wiring import observe
-from anybit.progress import tell
 from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
 from anybit.sources.images import common_classes
-from anybit.sources.inputs import compared, first_samples, samples_from, with_class_numbers
+from anybit.sources.inputs import compared, first_samples, samples_from, task_of_labels, with_class_numbers
 from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing
@@ -60,10 +58,13 @@ def follow_model(
 
 
 def read_alike(tests: Samples | None, samples: Samples, model: nn.Module, task: str | None) -> Samples | None:
-    """Return the test samples with the samples' reader, unless they have one, and labels as the task, or the model's outputs, ask for."""
+    """Return the test samples with the samples' reader, unless they have one, and labels as the task, or the model's outputs, ask for.
+    Rows of labels in the samples that are not one-hot are several labels in the tests, too."""
     if tests is None:
         return None
-    return with_class_numbers(model, replace(tests, reader=samples.reader) if tests.reader is None else tests, task)
+    tests = replace(tests, reader=samples.reader) if tests.reader is None else tests
+    labels = first_samples(samples).labels
+    return with_class_numbers(model, tests, task, one_hot=labels is None or labels.dim() < 2)
 
 
 def unread_in_words(network: ObservedNetwork) -> str:
@@ -84,19 +85,6 @@ def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork, more: Sequ
     drawn = DRAWN if provenance.get("model", {}).get("weights") == RANDOM else ""
     notes = [*filter(None, [drawn]), *notes_on(network), *more]
     return {"notes": notes} if notes else {}
-
-
-def labels_fit(outputs: Tensor, labels: Tensor, task: Task, needed: bool) -> bool:
-    """Return whether the labels fit the task. If not, raise InvalidInput if they are `needed`, or if they are class numbers that the
-    network lacks, which is always a mistake; otherwise leave a note."""
-    try:
-        check_labels(outputs, labels, task)
-    except InvalidInput as error:
-        if needed or (task.of_one_class and labels.dim() == 1 and labels.dtype == torch.int64):
-            raise
-        tell("note", note=f"the labels of the data are not used in this run: {str(error).rstrip('.')}")
-        return False
-    return True
 
 
 def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
@@ -182,4 +170,4 @@ def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, wor
         if not isinstance(data, str) or isinstance(run, Supernet) or not is_trusted(Path(run), SUPERNET_JSON):
             raise InvalidSetting("The supernet does not name data that anybit may load. Give its training data with --data.")
     samples = samples_from(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})), supernet.model)
-    return compared(supernet.network, samples, supernet.settings.outputs, supernet.settings.task)
+    return compared(supernet.network, samples, supernet.settings.outputs, task_of_labels(supernet.settings.task, supernet.task))

@@ -14,6 +14,8 @@ from anybit.data.samples import Samples
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.networks.canonical import Canonical
 from anybit.networks.refusals import check_network
+from anybit.runs.names import REPORT
+from anybit.runs.report import read_report
 from anybit.runs.scheme_file import SchemeFile, read_canonical, read_scheme, write_canonical
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
@@ -111,6 +113,11 @@ def recorded_preprocessing(run: str | Path) -> Preprocessing:
     return Preprocessing.from_json(read_scheme(Path(run)).preprocessing)
 
 
-def recorded_task(run: str | Path) -> str:
-    """Return the task that a run recorded."""
-    return read_scheme(Path(run)).task
+def recorded_task(run: Run) -> str | None:
+    """Return a run's task; None, so that labels decide, for a regression that nobody named: outputs without labels may be taken for it."""
+    task: str | None
+    if isinstance(run, str | Path):
+        task, report = read_scheme(Path(run)).task, read_report(Path(run)) if (Path(run) / REPORT).is_file() else {}
+    else:
+        task, report = run.about.get("task"), getattr(run, "report", {})
+    return None if task == "regression" and not report.get("settings", {}).get("task") else task

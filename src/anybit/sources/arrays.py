@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anybit.data.batches import check_plain
-from anybit.data.samples import ArrayDataset, NamedArrays, Samples, are_one_hot
+from anybit.data.samples import ArrayDataset, NamedArrays, Samples
 from anybit.errors import InvalidFile, InvalidInput
 from anybit.files.strict import in_words
 from anybit.sources.preprocessing import Preprocessing
@@ -64,14 +64,13 @@ def samples_of_arrays(
     if len(lengths) > 1:
         counts = [*(f"{len(array)} {name}" for name, array in arrays.items()), *([] if y is None else [f"{len(y)} labels"])]
         raise InvalidInput(f"{where}{', '.join(counts[:-1])} and {counts[-1]}. Give as many of each.")
-    one_hot = 1 if y is not None and y.ndim == 2 and len(y) and are_one_hot(y, 1) else None
     mean, std = preprocessing.mean, preprocessing.std
     alone = set(arrays) == {"x"}
     if not alone:
-        return Samples(NamedArrays(arrays, y, mean, std), y is not None, workers, one_hot=one_hot)
+        return Samples(NamedArrays(arrays, y, mean, std), y is not None, workers)
     pixels = arrays["x"].dtype == np.uint8 or mean is not None  # others may already be normalized
     black = preprocessing.black if pixels else None
-    return Samples(ArrayDataset(arrays["x"], y, mean, std), y is not None, workers, black=black, one_hot=one_hot)
+    return Samples(ArrayDataset(arrays["x"], y, mean, std), y is not None, workers, black=black)
 
 
 def array_of(tensor: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset, default_collate
 
 from anybit.data.batches import Batch, check_finite, check_plain, evaluating, predict, stacked, tensors_in
 from anybit.data.options import TEXT_SUFFIXES, parse_columns
 from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.readers import token_reader
-from anybit.data.reading import elements_of, item_of, length_of
-from anybit.data.samples import NamedArrays, Samples, are_one_hot, fractions, have_form_of_classes
+from anybit.data.reading import elements_of, item_of, length_of, whole
+from anybit.data.samples import ArrayDataset, NamedArrays, Samples, are_one_hot, fractions, have_form_of_classes
 from anybit.data.texts import read_rows
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel, naming, some
 from anybit.networks.copies import copied
@@ -35,6 +35,9 @@ BYTES = 2**31
 
 FIRST_LABELS = 8
 """Samples whose labels show whether they are class numbers."""
+
+MORE_LABELS, IN_MEMORY = 64, 4096
+"""Samples whose rows of labels show whether they are one-hot, spread over data that are loaded or in memory; of arrays, all show it."""
 
 
 def load_data(
@@ -178,8 +181,8 @@ def _is_indexed(data: Any) -> bool:
 def _samples_of_arrays(columns: dict[str, np.ndarray], kind: type, workers: int, model: nn.Module | None) -> Samples:
     """Return samples of arrays whose rows form items, tuples or dictionaries: (x, y), (x1, x2) of a network with two inputs, ..."""
     samples_of_arrays(_in_messages(columns, kind, model), None, workers, where="The data: ")
-    whole = samples_of_arrays(columns, None, workers).dataset
-    arrays = whole.arrays if isinstance(whole, NamedArrays) else {"x": whole}
+    dataset = samples_of_arrays(columns, None, workers).dataset
+    arrays = dataset.arrays if isinstance(dataset, NamedArrays) else {"x": dataset}
     items, form = read_items(_Rows(arrays, kind), workers, model)
     inputs = [str(key) for key in form.inputs or columns]
     names = inputs if form.named else ["x"] if len(inputs) == 1 else names_of_inputs(model)[: len(inputs)]
@@ -294,9 +297,16 @@ OF_CLASSES = (None, "classification", "token-classification", "segmentation")
 """Tasks whose labels are class numbers, which the first labels may show."""
 
 
+def task_of_labels(named: str | None, recorded: str) -> str | None:
+    """Return the task by which the labels of further data are read: the one that a run's user named, or the recorded one if its labels are
+    not class numbers; None if the labels show their form themselves."""
+    return named or (None if recorded in OF_CLASSES else recorded)
+
+
 @torch.no_grad()
-def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> Samples:
-    """Return the samples with labels as whole numbers, if the first are class numbers stored as floats or in a column."""
+def with_class_numbers(model: nn.Module, samples: Samples, task: str | None, one_hot: bool = True) -> Samples:
+    """Return the samples with labels as whole numbers, if the first are class numbers stored as floats, in a column or one-hot. `one_hot`
+    says whether rows of labels may be one-hot."""
     if not samples.labelled:
         return samples
     if task not in OF_CLASSES or (samples.reader and samples.reader.task not in OF_CLASSES):
@@ -312,8 +322,11 @@ def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> 
     if not labels:
         return samples
     dimension = _one_hot_dimension(labels, outputs, task)
+    if dimension is not None and task is None and outputs.dim() == 2:  # the first of several labels per sample may look alike
+        dimension = dimension if one_hot and _rows_are_one_hot(samples) else None
     if dimension is not None:
-        tell("note", note=f"labels {list(labels[0].shape)} are one-hot: they are read as class numbers (not with --task=multi-label)")
+        shape = ", ".join(["N", *map(str, labels[0].shape[1:])])
+        tell("note", note=f"labels [{shape}] are zeros and a single one: one-hot, read as class numbers (not with --task=multi-label)")
         return replace(samples, one_hot=dimension)
     if not have_form_of_classes(labels[0], outputs) or (task is None and any(fractions(one).any() for one in labels)):
         return samples
@@ -323,18 +336,26 @@ def with_class_numbers(model: nn.Module, samples: Samples, task: str | None) -> 
 
 
 def _one_hot_dimension(labels: Sequence[torch.Tensor], outputs: torch.Tensor, task: str | None) -> int | None:
-    """Return the dimension along which all these labels are one-hot, if the outputs have scores of as many classes along it; else None.
-
-    Rows of zeros and a one are class numbers only by name of the task: the first of several labels per sample may look alike.
-    """
+    """Return the dimension along which all these labels are one-hot, if the outputs have scores of as many classes along it; else None."""
     dimension = {"segmentation": 1, "token-classification": outputs.dim() - 1}.get(task or "", 1)
-    least = 3 if task is None or task == "token-classification" else 2
+    least = 3 if task == "token-classification" else 2
     if outputs.dim() == 3 and task is None:
         dimension = 2 if all(one.dim() == 3 and are_one_hot(one, 2) for one in labels) else 1
     if outputs.dim() < least or any(one.dim() != outputs.dim() or one.is_complex() for one in labels) or outputs.shape[dimension] < 2:
         return None
     fits = all(one.shape[dimension] == outputs.shape[dimension] and are_one_hot(one, dimension) for one in labels)
     return dimension if fits else None
+
+
+def _rows_are_one_hot(samples: Samples) -> bool:
+    """Return whether rows of labels are one-hot all over the data: of arrays all, of other data as many as are quickly read."""
+    dataset, indices = whole(samples.dataset)
+    if isinstance(dataset, ArrayDataset | NamedArrays):
+        return dataset.y is not None and are_one_hot(dataset.y if indices is None else dataset.y[indices], 1)
+    most = IN_MEMORY if isinstance(dataset, list | tuple | TensorDataset) else MORE_LABELS
+    spread = range(0, len(samples), -(-len(samples) // most))
+    labels = (batch.labels for batch in samples.subset(spread).batches(2))
+    return all(one is not None and one.dim() == 2 and are_one_hot(one, 1) for one in labels)
 
 
 @torch.no_grad()
