@@ -14,14 +14,17 @@ import anybit
 from anybit.data.batches import Batch
 from anybit.data.options import parse_outputs
 from anybit.data.outputs import output_reader
+from anybit.data.texts import read_rows
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.wiring import observe
 from anybit.roads.settings import CalibrateSettings
 from anybit.runs.folder import check_free
+from anybit.sources.callables import absolute
 from anybit.sources.images import ImageFolder
+from anybit.sources.inputs import load_data
 from anybit.sources.models import load_weights
 from anybit.sources.preprocessing import Preprocessing
-from anybit.sources.references import check_data, check_device, check_file
+from anybit.sources.references import check_data, check_device, check_file, check_model
 
 NET, X = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(8, 4)
 
@@ -63,9 +66,13 @@ def test_arrays_of_objects_are_refused_without_advice_to_unpickle(here):
 
 
 def test_a_suggestion_never_repeats_what_was_written(here):
-    for path in ("d.py", "D.TXT", "d.npz#test"):
+    for path in ("d.py", "D.XYZ", "d.xyz#test"):
         Path(path).write_text("def data(): pass")
-    for path, words in {"d.py": "Name the function that returns the data: d.py:data", "D.TXT": "Name it D.txt.", "d.npz#test": ""}.items():
+    for path, words in {
+        "d.py": "Name the function that returns the data: d.py:data",
+        "D.XYZ": "Give it one of these suffixes",
+        "d.xyz#test": "",
+    }.items():
         with pytest.raises(InvalidInput) as refused:
             check_data(path)
         assert words in str(refused.value) and "Did you mean" not in str(refused.value)
@@ -83,6 +90,43 @@ def test_suffixes_count_in_any_case(here):
     assert anybit.evaluate(NET, "D.NPZ") == anybit.evaluate(NET, Path("D.NPZ"))
     save_file(NET.state_dict(), "w.SAFETENSORS")
     load_weights(NET, Path("w.SAFETENSORS"))
+    Path("m.py").rename("M.PY")
+    Path("x.npz").rename("X.NPZ")
+    Path("C.TOML").write_text("batch_size = 4")
+    done = anybit_cli("evaluate", "--model", "M.PY:net", "--data", "X.NPZ", "--config", "C.TOML", "--json")
+    assert done.exit_code == 0, done.stderr
+    table, objects = "text\none\ntwo\n", '{"text": "one"}\n{"text": "two"}\n'
+    for name, content in {"T.TXT": "one\ntwo\n", "T.JSONL": objects, "T.TSV": table, "T.CSV": table}.items():
+        Path(name).write_text(content)
+        check_data(name)
+        assert [row["text"] for row in read_rows(Path(name))] == ["one", "two"]
+        with pytest.raises(InvalidSetting, match="holds texts, which need the tokenizer"):
+            load_data(name)
+    with pytest.raises(InvalidSetting, match="Weights go to --weights"):
+        check_model("w.SAFETENSORS")
+
+
+def test_a_path_that_exists_wins_over_the_meaning_of_its_name(here):
+    """A file may be called d.npz#test, or a:b.npz, whether or not d.npz is there."""
+    for name, length in {"d.npz#test": 3, "t:d.npz": 5}.items():
+        np.savez("saved.npz", x=X[:length].numpy(), y=np.arange(length) % 2)
+        Path("saved.npz").rename(name)
+    Path("t.txt#1").write_text("one\ntwo\n")
+    for also in (False, True):
+        if also:
+            np.savez("d.npz", x=X.numpy(), x_test=X.numpy())
+        check_data("t.txt#1")
+        check_data("d.npz#test")
+        assert len(load_data("d.npz#test")) == 3 and absolute("d.npz#test") == str(Path.cwd() / "d.npz#test")
+    check_data("t:d.npz")
+    assert len(load_data("t:d.npz")) == 5 and absolute("t:d.npz") == str(Path.cwd() / "t:d.npz")
+    assert [row["text"] for row in read_rows(Path("t.txt#1"))] == ["one", "two"]
+    quick = ["--samples", "3", "--pipeline", "light", "--no-cache"]
+    for name in ("x.npz#test", "t:x.npz"):
+        Path(name).write_bytes(Path("x.npz").read_bytes())
+    named = ["--data", "x.npz#test", "--test", "t:x.npz", "--budget", "6bit", "--output", "run", "--json"]
+    done = anybit_cli("calibrate", "--model", "m.py:net", *named, *quick)
+    assert done.exit_code == 0, done.stderr
 
 
 @pytest.mark.parametrize("content", ["text", "objects"])

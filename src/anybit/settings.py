@@ -154,7 +154,7 @@ class Option:
         """Write the option with a value in the reader's terms: in Python, on the command line, or in a file of --config."""
         file, _, key = name.rpartition(": ")
         if file:
-            return f'"{key}": {_in_file(value, ": ")}' if ".json" in file else f"{key} = {_in_file(value, ' = ')}"
+            return f'"{key}": {_in_file(value, ": ")}' if ".json" in file.lower() else f"{key} = {_in_file(value, ' = ')}"
         if not name.startswith("--"):
             return f"{self.name}={value!r}"
         texts = self.text.write(value) if self.text else value

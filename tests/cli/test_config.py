@@ -4,6 +4,7 @@ import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from commands import FAST, anybit_cli
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 
 from anybit.cli.app import VERBS, app
 from anybit.cli.options import Verb
+from anybit.errors import AnybitError
+from anybit.files.config import read_options
 from anybit.settings import Option, options_of, without_none
 from anybit.sources.preprocessing import Preprocessing
 
@@ -100,6 +103,98 @@ def test_calibrate_repeats_a_run_from_its_report(here, options):
         assert Path("again", name).read_bytes() == Path("run", name).read_bytes()
     assert report("again")["settings"] == report("run")["settings"] and report("again")["budget"] == "6bit"
     assert [row["stage"] for row in report("again")["stages"]] == [row["stage"] for row in report("run")["stages"]]
+
+
+def save_noise(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    pytest.importorskip("PIL.Image").fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize("budgets", [["6bit"], ["6bit", "5bit"]], ids=["one", "several"])
+def test_calibrate_repeats_the_preprocessing_of_a_run(here, budgets):
+    """Whether it was written or derived, as the numbers of class folders are; also of a run whose report does not record it yet."""
+    for at in range(16):
+        save_noise(Path("pictures", "dog" if at % 3 else "cat", f"{at}.png"), at)
+        save_noise(Path("tests", "cow" if at % 2 else "cat", f"{at}.png"), 50 + at)
+    line = ["calibrate", "--model", "m.py:net", "--data", "pictures", "--test", "tests", "--quiet"]
+    given = ["--mean", "0.5,0.4,0.3", "--std", "0.25", "--size", "8", "--resize", "9", "--interpolation", "nearest"]
+    done = anybit_cli(*line, *given, *FAST, *(f"--budget={budget}" for budget in budgets), "--output", "run")
+    assert done.exit_code == 0, done.stderr
+    inner = "" if len(budgets) == 1 else "5bit"
+    assert report(f"run/{inner}")["preprocessing"]["classes"] == ["cat", "cow", "dog"]
+    for name, file in (("again", "run/report.json"), ("old", f"run/{inner}/report.json")):
+        if name == "old":
+            Path(file).write_text(json.dumps({key: value for key, value in report(f"run/{inner}").items() if key != "preprocessing"}))
+        done = anybit_cli(*line, "--config", file, "--output", name)
+        assert done.exit_code == 0, done.stderr
+        one = name if name == "old" else f"{name}/{inner}"
+        assert Path(one, "model.safetensors").read_bytes() == Path("run", inner, "model.safetensors").read_bytes()
+        assert Path(one, "scheme.json").read_bytes() == Path("run", inner, "scheme.json").read_bytes()
+    done = anybit_cli("evaluate", f"again/{inner}", "--data", "tests", "--config", "again/report.json", "--quiet")
+    assert done.exit_code == 0, done.stderr
+
+
+RECORDED = [
+    (verb, name, one)
+    for verb in ("calibrate", "grow", "train", "search")
+    for kind in DESCRIBED[verb].groups.values()
+    for name, one in options_of(kind).items()
+]
+
+
+def another(one: Option):
+    """A value of the option that is not its default."""
+    special = {
+        "keep": {"fc": "W8A8"}, "outputs": {"1": 0.5}, "weight_bits": [3, 5], "activation_bits": [8, None], "bits": [4, 8],
+        "sensitivity_base": "W8A8", "blocks": ["a", "b"], "mean": [0.5], "std": [0.25], "classes": ["a", "b"], "columns": "text=a",
+        "step_rates": {"4": 0.5},
+    }  # fmt: skip
+    if one.name in special:
+        value = special[one.name]
+        return 4 if one.name == "activation_bits" and one.text.example == "a bit-width, or float" else value
+    if one.choices:
+        return next(choice for choice in one.choices if choice != one.default)
+    kind = without_none(one.kind)
+    if kind is bool or isinstance(one.default, bool):
+        return not one.default
+    if kind not in (int, float):
+        return None
+    low, high = (one.least if one.least is not None else one.above), (one.most if one.most is not None else one.below)
+    values = [one.default + 1 if one.default else 3, (one.default or 0) / 2, 16, 0.5, low, high]
+    for value in values:
+        try:
+            return one.checked(kind(value)) if kind(value) != one.default else 1 / 0
+        except (AnybitError, ZeroDivisionError, TypeError, ValueError):
+            continue
+    return None
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "grow", "train", "search"])
+def test_every_recorded_setting_is_repeated(verb, tmp_path):
+    """A report's settings and preprocessing, each set to another value than its default, are those of the repeated run."""
+    tried = 0
+    for of_verb, name, one in RECORDED:
+        value = another(one) if of_verb == verb else None
+        if value is None:
+            continue
+        kinds = list(DESCRIBED[verb].groups.values())
+        one_of = next(kind for kind in kinds if name in options_of(kind))
+        try:
+            settings = {kind: kind.of(**({name: value} if kind is one_of else {})) for kind in kinds}
+        except AnybitError:  # it contradicts the defaults of others
+            continue
+        first = settings[kinds[0]].to_json()
+        report = {"version": 1, "search": {"settings": first}} if verb == "search" else {"version": 1, "settings": first}
+        report |= {"candidate_errors": {"fc": {}}}  # those of parallel AdaQuant, if it ran
+        report |= {"preprocessing": settings[Preprocessing].to_json()} if Preprocessing in settings else {}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        values = read_options(tmp_path / "report.json", DESCRIBED[verb].options, kinds, "--config")
+        for kind in kinds:
+            again = kind.of(**{key: value for key, value in values.items() if key in options_of(kind)})
+            assert again.to_json() == settings[kind].to_json(), (name, value)
+        tried += 1
+    assert tried >= (3 if verb == "search" else 15), tried
 
 
 def test_joint_report_repeats_one_of_several_budgets(here):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 from anybit.data.batches import call
 from anybit.errors import AnybitError, InvalidFile, InvalidInput, InvalidSetting, MissingPackage, SchemeMismatch
 from anybit.sources.callables import absolute, load_callable
-from anybit.sources.inputs import as_samples, load_data
+from anybit.sources.inputs import as_samples, compared, load_data
 from anybit.sources.models import load_model, load_weights
 from anybit.sources.preprocessing import Preprocessing
 
@@ -357,7 +357,7 @@ def test_one_hot_labels_become_class_numbers_and_others_keep_their_shape(tmp_pat
     ):  # fmt: skip
         np.savez(tmp_path / "x.npz", x=np.ones((4, 3), np.float32), y=y)
         for samples in (load_data(str(tmp_path / "x.npz")), as_samples((np.ones((4, 3), np.float32), y))):
-            assert all_of(samples)[1].tolist() == expected.tolist()
+            assert all_of(compared(nn.Linear(3, 3), samples, {}))[1].tolist() == expected.tolist()
 
 
 def test_existing_path_takes_precedence_over_syntax(tmp_path):

@@ -1,6 +1,7 @@
 """The options of data and their grammar: tasks, augmentations of images, columns of texts. Imports no torch."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 from anybit.errors import InvalidSetting
@@ -12,6 +13,8 @@ TaskName = Literal[
 ]  # fmt: skip
 TASK_NAMES = get_args(TaskName)
 TEXT_SUFFIXES = (".tsv", ".csv", ".jsonl", ".txt")
+PARTS = "#"
+"""Separates a file from the part of it to read, as in x.npz#test; it may also be in a file's own name."""
 ROLES = {
     "text": ("sentence", "text", "sentence1", "premise"),
     "pair": ("sentence2", "hypothesis", "pair", "text_pair"),
@@ -21,6 +24,12 @@ ROLES = {
     "answers": ("answers",),
 }
 """Roles of columns, and the column names that stand for each by default."""
+
+
+def suffix_of(path: str | Path) -> str:
+    """Return the suffix of a file's name in lower case; that of a file that is literally called d.npz#test is .npz."""
+    name = Path(path).name
+    return Path(name).suffix.partition(PARTS)[0].lower()
 
 
 def parse_outputs(items: Sequence[str]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from anybit.data.batches import Batch
-from anybit.data.options import ROLES, parse_columns
+from anybit.data.options import ROLES, parse_columns, suffix_of
 from anybit.data.tasks import IGNORED
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting
 
@@ -40,11 +40,11 @@ def read_rows(path: Path, columns: str | None = None) -> list[Row]:
         raise InvalidFile(f"{path} cannot be read as text: {error}") from error
     content = content.replace("\r\n", "\n").replace("\r", "\n")
     lines = content.split("\n")  # and at nothing else: a text may contain other Unicode line ends
-    if path.suffix == ".txt":
+    if suffix_of(path) == ".txt":
         if roles:
             raise InvalidSetting(f"{path} has one text per line and no columns. Leave --columns out.")
         table: list[tuple[int, Row]] = [(number, {"text": line}) for number, line in enumerate(lines, 1) if line.strip()]
-    elif path.suffix == ".jsonl":
+    elif suffix_of(path) == ".jsonl":
         table = [(number, _object(path, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         table = _separated(path, content, any(isinstance(column, int) for column in roles.values()))
@@ -65,7 +65,7 @@ def _object(path: Path, number: int, line: str) -> Row:
 
 def _separated(path: Path, content: str, bare: bool) -> list[tuple[int, Row]]:
     """Return (line, row of column -> text). Tabs separate columns in a .tsv and in any file whose first line has one."""
-    tabs = path.suffix == ".tsv" or "\t" in content.partition("\n")[0]
+    tabs = suffix_of(path) == ".tsv" or "\t" in content.partition("\n")[0]
     # Between tabs, quotes are ordinary characters: real files have unpaired ones.
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     reader = csv.reader(io.StringIO(content, newline=""), **dialect)

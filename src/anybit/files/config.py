@@ -29,22 +29,33 @@ def read_options(path: Path, options: Mapping[str, Option], kinds: Sequence[type
 
 def _content(path: Path, options: Mapping[str, Option], kinds: Sequence[type[Settings]], where: str) -> Mapping[str, Any]:
     content = read_bytes(path)
-    if path.suffix == ".toml":
+    if path.suffix.lower() == ".toml":
         try:
             return tomllib.loads(content.decode("utf8"))
         except ValueError as error:
             raise InvalidSetting(f"{where}it is not valid TOML: {error}.") from error
     data = parse_json(content, str(path))
     if isinstance(data, dict) and "version" in data:
-        data = _recorded(data, options, kinds)
+        data = _recorded(_beside(path) | data, options, kinds)
     if not isinstance(data, dict):
         raise InvalidSetting(f"{where}it holds no settings. Name a file of option: value, or the report.json of a run.")
     return data
 
 
+def _beside(report: Path) -> dict[str, Any]:
+    """Return the preprocessing in the file beside a report that was written before reports recorded it."""
+    for name in ("scheme.json", "supernet.json"):
+        file = report.with_name(name)
+        data = parse_json(read_bytes(file), str(file)) if file.is_file() else None
+        if isinstance(data, dict) and isinstance(data.get("preprocessing"), dict):
+            return {"preprocessing": data["preprocessing"]}
+    return {}
+
+
 def _recorded(report: Mapping[str, Any], options: Mapping[str, Option], kinds: Sequence[type[Settings]]) -> Any:
-    """Return the options of a finished run that its report holds: settings and budgets, if the verb takes any."""
-    settings = kinds[0].recorded(report) if kinds else {}
+    """Return the options of a finished run that its report holds: settings, preprocessing and budgets, if the verb takes any."""
+    parts = [kind.recorded(report) for kind in kinds] or [{}]
+    settings = {**parts[-1], **parts[0]} if all(isinstance(part, dict) for part in parts) else parts[0]
     if "budget" not in options or not isinstance(settings, dict):
         return settings
     of_run = report["search"] if isinstance(report.get("search"), dict) else report

@@ -43,6 +43,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     report = read_report(folder)
     identity = {key: report.pop(key, None) for key in ("road", "budget", "stages", "latency", "layers", "version", "sha256", "digest")}
     first = {key: report.pop(key, None) for key in ("settings", "environment")}
+    report.pop("preprocessing", None)  # which is among the references
     return {
         "run": {"road": identity["road"] or "calibrate", "budget": identity["budget"]},
         **first,

@@ -44,9 +44,9 @@ from anybit.roads.inputs import (
     check_metric_has_labels,
     checked_tests,
     compared,
+    described_inputs,
     example_of,
     follow_model,
-    notes_of,
     notes_on,
     on_device,
     read_alike,
@@ -269,7 +269,7 @@ def finish(
     restore(model, network.moving)
     canonical = Canonical(model.eval(), network.norms, edges)
     report = _report(bench, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
-    report |= notes_of(provenance, network, bench.notes) | _float_held_out(bench.judge)
+    report |= described_inputs(provenance, network, bench.notes) | _float_held_out(bench.judge)
     if isinstance(apart := bench.judge.task.distance, WeightedErrors):
         with clock.stage("outputs"):
             of_each = apart.of_each(outputs_of(canonical.model, bench.calibration.held_out), bench.judge.reference)

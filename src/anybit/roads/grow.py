@@ -38,7 +38,7 @@ from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.expected import training_stages
-from anybit.roads.inputs import checkpoint_place, notes_of, training_inputs
+from anybit.roads.inputs import checkpoint_place, described_inputs, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.settings import GrowSettings
@@ -236,7 +236,7 @@ def grow(
         canonical = frozen(trainee, network, few)
     with clock.stage("edge ranges"):
         canonical = finished(canonical, network.wiring, few)
-    report = _report(network, canonical.scheme, budget, epochs, notes_of(provenance, network), grow_settings, method)
+    report = _report(network, canonical.scheme, budget, epochs, described_inputs(provenance, network), grow_settings, method)
     if tests is not None:
         with clock.stage("test"):
             report["float_test"] = float_test

@@ -80,11 +80,12 @@ def notes_on(network: ObservedNetwork) -> list[str]:
     return [note for note in (unread_in_words(network), *coarse_in_words(network.coarse, activation_bits(network))) if note]
 
 
-def notes_of(provenance: Mapping[str, Any], network: ObservedNetwork, more: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Return the report's notes on its network, such as random weights, and `more`; empty if there are none."""
+def described_inputs(provenance: Mapping[str, Any], network: ObservedNetwork, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a report says of a run's inputs: notes on the network, such as random weights, and `more`; and the preprocessing."""
     drawn = DRAWN if provenance.get("model", {}).get("weights") == RANDOM else ""
     notes = [*filter(None, [drawn]), *notes_on(network), *more]
-    return {"notes": notes} if notes else {}
+    preprocessing = provenance.get("preprocessing")
+    return ({"notes": notes} if notes else {}) | ({"preprocessing": preprocessing} if preprocessing else {})
 
 
 def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:

@@ -20,7 +20,7 @@ from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.expected import training_stages
 from anybit.roads.grow import few_batches, watched_batches
-from anybit.roads.inputs import checkpoint_place, notes_of, on_device, training_inputs
+from anybit.roads.inputs import checkpoint_place, described_inputs, on_device, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import test_scores
 from anybit.settings import takes
@@ -131,7 +131,7 @@ def train(
         "inputs": {"fitting": len(fitting), "held_out": len(samples) - len(fitting)},
         "epochs": epochs,
         "uncovered": dict(network.uncovered),
-        **notes_of(provenance, network),
+        **described_inputs(provenance, network),
         "settings": options.to_json(),
         "environment": environment(),
         "stages": clock.stages,

@@ -3,6 +3,7 @@
 import copy
 import re
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,10 +12,9 @@ from torch import nn
 
 from anybit.calls import public
 from anybit.data.samples import Samples
-from anybit.errors import InvalidInput, InvalidSetting
+from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 from anybit.networks.canonical import Canonical
 from anybit.networks.refusals import check_network
-from anybit.runs.names import REPORT
 from anybit.runs.report import read_report
 from anybit.runs.scheme_file import SchemeFile, read_canonical, read_scheme, write_canonical
 from anybit.runs.trusted import is_trusted
@@ -115,9 +115,11 @@ def recorded_preprocessing(run: str | Path) -> Preprocessing:
 
 def recorded_task(run: Run) -> str | None:
     """Return a run's task; None, so that labels decide, for a regression that nobody named: outputs without labels may be taken for it."""
-    task: str | None
+    task: str | None = read_scheme(Path(run)).task if isinstance(run, str | Path) else run.about.get("task")
+    if task != "regression":
+        return task
+    report = {} if isinstance(run, str | Path) else getattr(run, "report", {})
     if isinstance(run, str | Path):
-        task, report = read_scheme(Path(run)).task, read_report(Path(run)) if (Path(run) / REPORT).is_file() else {}
-    else:
-        task, report = run.about.get("task"), getattr(run, "report", {})
-    return None if task == "regression" and not report.get("settings", {}).get("task") else task
+        with suppress(AnybitError):  # a run without its report is still a run
+            report = read_report(Path(run))
+    return task if report.get("settings", {}).get("task") else None

@@ -241,6 +241,7 @@ class Record(Part):
     uncovered: dict[str, str] = {}
     notes: list[str] = []
     settings: dict[str, Any] = {}
+    preprocessing: dict[str, Any] = {}
     environment: dict[str, Any] = {}
 
     @model_validator(mode="after")

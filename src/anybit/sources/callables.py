@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -12,13 +13,13 @@ from typing import Any
 
 from anybit.errors import AnybitError, InvalidSetting, MissingPackage
 from anybit.files.strict import in_words
-from anybit.sources.references import split_subset
+from anybit.sources.references import is_script, split_subset
 
 
 def absolute(reference: str) -> str:
     """Make paths of scripts, arrays and folders absolute, so that the reference works from any working folder."""
     place, separator, name = reference.rpartition(":")
-    if place.endswith(".py"):
+    if is_script(place):
         return f"{Path(place).resolve()}{separator}{name}"
     if reference.startswith("hf:"):
         return f"hf:{Path(reference[3:]).resolve()}" if Path(reference[3:]).is_dir() else reference
@@ -43,7 +44,7 @@ def load_callable(reference: str, option: str) -> Callable:
     if not separator or not place or not name:
         raise InvalidSetting(f"{option} {reference!r} cannot be read. Write package.module:function or path/to/file.py:function.")
     try:
-        module = _import_file(Path(place), option) if place.endswith(".py") else importlib.import_module(place)
+        module = _import_file(Path(place), option) if is_script(place) else importlib.import_module(place)
     except ImportError as error:
         raise InvalidSetting(f"{option} {reference}: {error}. Is the package installed and the name right?") from error
     except AnybitError:
@@ -62,8 +63,8 @@ def _import_file(path: Path, option: str) -> ModuleType:
     if not path.is_file():
         raise InvalidSetting(f"{option}: there is no file {path}.")
     name = f"anybit_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    spec = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, str(path)))  # also if its suffix is .PY
+    assert spec is not None and spec.loader is not None, "it has this loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickled workers look up their module
     sys.path.insert(0, str(path.parent.resolve()))

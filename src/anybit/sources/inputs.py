@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset, default_collate
 
 from anybit.data.batches import Batch, check_finite, check_plain, evaluating, predict, stacked, tensors_in
-from anybit.data.options import TEXT_SUFFIXES, parse_columns
+from anybit.data.options import TEXT_SUFFIXES, parse_columns, suffix_of
 from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.readers import token_reader
 from anybit.data.reading import elements_of, item_of, length_of, whole
@@ -57,7 +57,7 @@ def load_data(
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing)
         return _read_by(model, Samples(dataset, dataset.labelled, workers, black=preprocessing.black))
-    if reference.startswith("hf:") or (path.endswith(TEXT_SUFFIXES) and Path(path).is_file()):
+    if reference.startswith("hf:") or (suffix_of(path) in TEXT_SUFFIXES and Path(path).is_file()):
         return _texts(reference, preprocessing, workers, model)
     if ":" not in reference:
         with naming("--data="):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import nn
 
+from anybit.data.options import suffix_of
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch, naming
 from anybit.files.strict import in_words
 from anybit.networks.layers import unwrapped
@@ -88,7 +89,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     with naming("--weights="):
         check_file(path)
     try:
-        if path.suffix.lower() == ".safetensors":
+        if suffix_of(path) == ".safetensors":
             from safetensors.torch import load_file
 
             state: Any = load_file(path)

@@ -51,6 +51,11 @@ class Preprocessing(Settings):
         return tuple(-mean[i % len(mean)] / std[i % len(std)] for i in range(channels))
 
     @classmethod
+    def recorded(cls, report: Mapping[str, Any]) -> Any:
+        report = next(iter(report["budgets"].values())) if "budgets" in report else report
+        return report.get("preprocessing") or {}
+
+    @classmethod
     def from_json(cls, data: Any, where: str = "preprocessing") -> Self:
         return super().from_json(data, where)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from anybit.data.options import TEXT_SUFFIXES
+from anybit.data.options import PARTS, TEXT_SUFFIXES, suffix_of
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, MissingPackage
 
 ZOOS = {"torchvision": "torchvision", "timm": "timm", "hf": "transformers"}
@@ -93,7 +93,7 @@ def check_code(reference: str) -> None:
     place, separator, name = reference.rpartition(":")
     if not separator or not place or not name:
         raise InvalidSetting(f"{reference!r} cannot be read. Write package.module:function or path/to/file.py:function.")
-    if place.endswith(".py"):
+    if is_script(place):
         if not Path(place).is_file():
             raise InvalidSetting(f"{reference}: there is no file {place}.{did_you_mean_path(Path(place))}")
         names = names_in(Path(place))
@@ -147,9 +147,9 @@ def check_model(reference: str) -> None:
 def _model_meant(reference: str) -> str:
     """Return advice on what a reference without a colon may mean."""
     path = Path(reference)
-    if path.suffix in (".pt", ".pth", ".safetensors", ".bin", ".ckpt"):
+    if suffix_of(path) in (".pt", ".pth", ".safetensors", ".bin", ".ckpt"):
         return "Weights go to --weights; --model names the code that builds the network: FILE.py:function, timm:NAME or torchvision:NAME."
-    if path.suffix == ".py":
+    if is_script(path):
         functions = [f"{reference}:{name}" for name in functions_in(path)] if path.is_file() else []
         return f"Name the function that returns it: {' or '.join(functions[:3]) or f'{reference}:function'}."
     if (path / "config.json").is_file():
@@ -160,8 +160,11 @@ def _model_meant(reference: str) -> str:
 
 
 def split_subset(reference: str) -> tuple[str, str]:
-    """Split `file.npz#test` into ("file.npz", "test"). An existing path wins, since `#` may be part of a name."""
-    marks = [place for place, letter in enumerate(reference) if letter == "#"]
+    """Split `file.npz#test` into ("file.npz", "test"), and `hf:data#test` alike. An existing path wins, since `#` may be part of a name."""
+    if reference.startswith("hf:"):
+        name, subset = split_subset(reference.removeprefix("hf:"))
+        return f"hf:{name}", subset
+    marks = [place for place, letter in enumerate(reference) if letter == PARTS]
     if not marks or Path(reference).exists():
         return reference, ""
     there = [place for place in marks if Path(reference[:place]).exists()]
@@ -178,9 +181,11 @@ def check_data(reference: str) -> None:
         check_package("PIL", reference)
     elif reference.startswith("hf:"):
         check_package("datasets", reference)
+    elif place.is_file() and (is_of_arrays(path) or suffix_of(path) in TEXT_SUFFIXES):
+        return
     elif ":" in reference:
         check_code(reference)
-    elif not place.is_file() or not (is_of_arrays(path) or path.endswith(TEXT_SUFFIXES)):
+    else:
         there = "is no" if place.exists() else "is not there: no"
         raise InvalidInput(
             f"{path} {there} folder of images, file of arrays (.npz, .npy) or of texts ({', '.join(TEXT_SUFFIXES)}).{_data_meant(place)}"
@@ -188,16 +193,20 @@ def check_data(reference: str) -> None:
 
 
 def is_of_arrays(path: str) -> bool:
-    """Return whether a path names a file of arrays, by its suffix in any case."""
-    return path.lower().endswith((".npz", ".npy"))
+    """Return whether a path names a file of arrays, by its suffix."""
+    return suffix_of(path) in (".npz", ".npy")
+
+
+def is_script(path: str | Path) -> bool:
+    """Return whether a path names a file of Python code, by its suffix."""
+    return suffix_of(path) == ".py"
 
 
 def _data_meant(path: Path) -> str:
     """Return advice on what a path that names no inputs may mean, after a space."""
     if not path.is_file():
         return did_you_mean_path(path)
-    if path.suffix == ".py":
+    if is_script(path):
         functions = [f"{path}:{name}" for name in functions_in(path)]
         return f" Name the function that returns the data: {' or '.join(functions[:3]) or f'{path}:function'}."
-    lower = path.suffix.lower()
-    return f" Name it {path.with_suffix(lower)}." if lower in TEXT_SUFFIXES else " Give it one of these suffixes if it is one."
+    return " Give it one of these suffixes if it is one."
