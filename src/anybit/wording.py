@@ -2,9 +2,9 @@
 
 Every message is written for the command line. Three forms are for this module, and in Python become:
 
-    --overwrite                                 overwrite=True           an option
-    --keep='head=float', --pipeline=light       keep={'head': 'float'}, pipeline='light'    an option with its value, after "=", never a space
-    `anybit extract runs/s --budget=3bit`       `anybit.extract('runs/s', budget='3bit')`   a command, in backquotes
+    --overwrite                             overwrite=True                              an option
+    --keep='head=float'                     keep={'head': 'float'}                      an option with its value: after "=", never a space
+    `anybit extract RUN --budget=3bit`      `anybit.extract('RUN', budget='3bit')`      a command, in backquotes
 
 tests/test_wording.py applies it to all strings of the package that name an option.
 """
