@@ -131,13 +131,13 @@ def test_without_a_terminal_there_is_a_line_a_stage(capsys):
         plan([("one", 1.0), ("other", 3.0)])
         for stage in ("one", "other"):
             list(track([1, 2, 3], stage))
-        tell("note", note="a note")
+        tell("note", note="a note: --task=labels overrides it")
     lines = capsys.readouterr().err.splitlines()
     assert [re.match(r" *\d+ %  (\d/2 \w+ \(\d+ % of the work\))", line)[1] for line in lines[:2]] == [
         "1/2 one (25 % of the work)",
         "2/2 other (75 % of the work)",
     ]
-    assert lines[2:] == ["a note"] and not in_notebook()
+    assert lines[2:] == ["a note: task='labels' overrides it"] and not in_notebook()
 
 
 def test_a_notebook_shows_the_progress_of_a_call(monkeypatch, capsys):

@@ -149,7 +149,7 @@ def test_later_pattern_takes_precedence():
 
 @pytest.mark.parametrize("pattern", ["conv1", "layer1", "f", "FC", "layer1.conv"])
 def test_rejects_pattern_that_matches_no_whole_name(pattern):
-    with pytest.raises(InvalidSetting, match=f"--keep {re.escape(pattern)}=W8 matches no quantizable layer"):
+    with pytest.raises(InvalidSetting, match=f"--keep=.{re.escape(pattern)}=W8. matches no quantizable layer"):
         match_patterns({pattern: W8}, LAYERS)
 
 

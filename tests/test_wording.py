@@ -63,6 +63,11 @@ def test_every_message_that_names_an_option_names_a_keyword_in_python():
             assert name in known or name in PREPROCESSING, (where, name, written)
 
 
+def test_no_message_has_a_space_between_an_option_and_its_value():
+    spaced = re.compile(r"--(?!force-reinstall)[a-z-]+ (X|'|[\w.,:=]*[/:=%\d]|[A-Z]|random|light)")
+    assert [(where, text) for where, text in TEXTS.items() if spaced.search(text)] == []
+
+
 def test_mapped_names_exist():
     known = keywords()
     assert set(PREPROCESSING) == {one.name for one in dataclasses.fields(Preprocessing)}
@@ -72,17 +77,20 @@ def test_mapped_names_exist():
 @pytest.mark.parametrize(
     ("message", "written"),
     [
-        ("Keep it: --keep 'a.b=float'.", "Keep it: keep={'a.b': 'float'}."),
+        ("Keep it: --keep='a.b=float'.", "Keep it: keep={'a.b': 'float'}."),
         ("Choose another --output, or give --overwrite.", "Choose another folder=, or give overwrite=True."),
         ("not --no-bias-tuning", "not bias_tuning=False"),
-        ("Give at least --memory 12MB, or less.", "Give at least memory=12000000, or less."),
-        ("--device cuda:7 is no device", "device='cuda:7' is no device"),
-        ("Use --pipeline light.", "Use pipeline='light'."),
+        ("Give at least --memory=12MB, or less.", "Give at least memory=12000000, or less."),
+        ("--device=cuda:7 is no device", "device='cuda:7' is no device"),
+        ("Use --pipeline=light.", "Use pipeline='light'."),
         ("Leave --weights out", "Leave weights= out"),
         ("Give a larger --resize.", "Give a larger Preprocessing(resize=)."),
-        ("Extract a subnet: anybit extract runs/s --budget 3bit.", "Extract a subnet: anybit.extract('runs/s', budget='3bit')."),
-        ("Measure again: anybit profile --overwrite.", "Measure again: anybit.profile(overwrite=True)."),
-        ("anybit allocate runs/a --budget 4bit --output RUN2, and", "anybit.allocate('runs/a', budget='4bit').save('RUN2'), and"),
+        ("Extract a subnet: `anybit extract runs/s --budget=3bit`.", "Extract a subnet: `anybit.extract('runs/s', budget='3bit')`."),
+        ("Measure again: `anybit profile --overwrite`.", "Measure again: `anybit.profile(overwrite=True)`."),
+        ("`anybit allocate runs/a --budget=4bit --output=RUN2`, and", "`anybit.allocate('runs/a', budget='4bit').save('RUN2')`, and"),
+        ("(not with --task=multi-label): --workers=0, --distill=1.", "(not with task='multi-label'): workers=0, distill=1."),
+        ("--data='my file.npz' holds, --model=net.py:f: there", "data='my file.npz' holds, model='net.py:f': there"),
+        ("`anybit explain SEARCH a.b` shows", "`anybit.explain('SEARCH', 'a.b')` shows"),
         ("a -- b --", "a -- b --"),
         ("run `pip install --force-reinstall torch`", "run `pip install --force-reinstall torch`"),
     ],

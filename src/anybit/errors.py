@@ -49,12 +49,12 @@ class MissingPackage(AnybitError):
 
 
 @contextmanager
-def naming(option: str) -> Iterator[None]:
-    """Put the option in front of the message of an error raised inside the block."""
+def naming(prefix: str) -> Iterator[None]:
+    """Put an option in front of the message of an error raised inside the block, which begins with the option's value."""
     try:
         yield
     except AnybitError as error:
-        raise type(error)(f"{option} {error}") from error
+        raise type(error)(f"{prefix}{error}") from error
 
 
 def printable(text: str) -> str:

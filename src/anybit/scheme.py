@@ -148,7 +148,7 @@ def parse_keep(items: Sequence[str]) -> dict[str, Precision]:
     for item in items:
         pattern, separator, precision = item.rpartition("=")
         if not separator or not pattern:
-            raise InvalidSetting(f"--keep {item!r} cannot be read. Write PATTERN=W8A8 or PATTERN=float.")
+            raise InvalidSetting(f"--keep={item!r} cannot be read. Write PATTERN=W8A8 or PATTERN=float.")
         keep[pattern] = Precision.parse(precision)
     return keep
 
@@ -178,7 +178,7 @@ def match_patterns(patterns: Mapping[str, Precision], names: Iterable[str]) -> d
         if not matched:
             near = difflib.get_close_matches(pattern, names, n=3)
             hint = f" Near matches: {', '.join(near)}." if near else ""
-            raise InvalidSetting(f"--keep {pattern}={precision} matches no quantizable layer.{hint} `anybit inspect` lists the names.")
+            raise InvalidSetting(f"--keep='{pattern}={precision}' matches no quantizable layer.{hint} `anybit inspect` lists the names.")
         fixed.update(dict.fromkeys(matched, precision))
     return {name: fixed[name] for name in names if name in fixed}
 

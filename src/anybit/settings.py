@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, naming
-from anybit.wording import as_in_python
+from anybit.wording import as_in_python, in_python
 
 Value = TypeVar("Value")
 INTEGERS = 2**63
@@ -178,7 +178,7 @@ class Option:
     def check_ready(self, value: Any) -> None:
         """Raise if the value names something that does not exist, naming the option as written on the command line."""
         if self.ready is not None and value is not None:
-            with naming(self.written):
+            with naming(f"{self.written} "):
                 self.ready(value)
 
     def _typed(self, kind: Any, value: Any) -> Any:
@@ -503,6 +503,6 @@ def takes(*kinds: type[Settings], only: Collection[str] | None = None) -> Callab
 def _table(options: Mapping[str, Option]) -> str:
     width = max(map(len, options))
     return "\n".join(
-        textwrap.fill(f"{name:<{width}}  {one.doc} {one.allowed}".rstrip(), 140, subsequent_indent=" " * (width + 2))
+        textwrap.fill(f"{name:<{width}}  {in_python(one.doc)} {one.allowed}".rstrip(), 140, subsequent_indent=" " * (width + 2))
         for name, one in options.items()
     )

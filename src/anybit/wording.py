@@ -1,7 +1,12 @@
 """Messages in the reader's terms: flags on the command line, keywords in Python.
 
-Keep it float: --keep 'head=float'.      Keep it float: keep={'head': 'float'}.
-Choose another --output.                 Choose another folder=.
+Every message is written for the command line. Three forms are for this module, and in Python become:
+
+    --overwrite                             overwrite=True                              an option
+    --keep='head=float'                     keep={'head': 'float'}                      an option with its value: after "=", never a space
+    `anybit extract RUN --budget=3bit`      `anybit.extract('RUN', budget='3bit')`      a command, in backquotes
+
+tests/test_wording.py applies it to all strings of the package that name an option.
 """
 
 import re
@@ -13,22 +18,18 @@ from anybit.errors import AnybitError
 
 OTHERWISE = {"train": "data", "output": "folder", "block": "blocks"}
 """Flag -> the keyword in Python, if different."""
-MAPPINGS = ("keep", "outputs")
-"""Keywords whose value is a dictionary: NAME=VALUE."""
+MAPPINGS = {"keep": "'W8A8'", "outputs": "1.0"}
+"""Keywords whose value is a dictionary, NAME=VALUE on the command line -> the value of a NAME alone."""
 SWITCHES = ("overwrite", "polish", "tables", "weight_only", "half", "prune", "from_scratch", "tune_scales", "pack_embeddings")
 PREPROCESSING = ("mean", "std", "size", "resize", "interpolation", "classes", "columns", "length", "stride")
 """Keywords of Preprocessing, which functions take as a whole."""
-ALWAYS_VALUED = ("device", "method")
-WORDS = ("random", "light")
-"""Values that look like words of a sentence."""
+OF_PIP = ("force-reinstall", "index-url")
 
-_FLAG = re.compile(r"(?<![\w-])--([a-z][a-z-]*[a-z])(?: ('(?:[^'\\]|\\.)*'|[\w./:,%=*\[\]{}<>-]*[\w%*\]])(?!\w))?")
-"""A flag, and the word after it."""
-_VALUE = re.compile(rf"'.*'|.*([/:=%\d]|\w[.,]\w).*|[A-Z][A-Z,]*|{'|'.join(WORDS)}")
-"""Such a word if it is a value, not the next word of the sentence."""
-_COMMAND = re.compile(r"\banybit ([a-z]+)((?: (?!--)[\w./:-]+)?)((?: --[a-z][a-z-]+(?: [\w./:%]*[/:%\dA-Z][\w/:%]*)?)+)")
-_SIZE = re.compile(r"([\d.]+) ?([kMGT]?)B")
-_PIP = ("force-reinstall", "index-url")
+_VALUE = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s`]*[^\s`.,:;)]"""
+"""In quotes, or up to the next space, without the punctuation of the sentence."""
+_FLAG = re.compile(rf"(?<![\w-])--(?!(?:{'|'.join(OF_PIP)})\b)([a-z][a-z-]*[a-z])(?:=({_VALUE}))?")
+_COMMAND = re.compile(r"`anybit ([a-z]+)([^`]*)`")
+_SIZE = re.compile(r"([\d.]+)([kMGT]?)B")
 
 _speaks_plainly: ContextVar[bool] = ContextVar("speaks_plainly", default=False)
 
@@ -59,41 +60,41 @@ def as_in_python(known: Collection[str] = ()) -> Iterator[None]:
 
 def in_python(message: str, known: Collection[str] = ()) -> str:
     """Write the flags in a message as keywords, and commands as calls."""
-    return _FLAG.sub(lambda match: _keyword(match, known), _COMMAND.sub(_call, message))
+    return _FLAG.sub(lambda flag: _keyword(flag, known), _COMMAND.sub(_call, message))
 
 
-def _call(match: re.Match[str]) -> str:
-    verb, place, flags = match.groups()
-    keywords = {flag[1]: _keyword(flag, ()) for flag in _FLAG.finditer(flags)}
+def _call(command: re.Match[str]) -> str:
+    """Write a command as a call, whose result is saved if the command names an output."""
+    verb, rest = command.groups()
+    keywords = {flag[1]: _keyword(flag, ()) for flag in _FLAG.finditer(rest)}
     saved = keywords.pop("output", "").removeprefix("folder=")
-    arguments = [*([repr(place.strip())] if place else []), *(f"{one}..." if one.endswith("=") else one for one in keywords.values())]
-    return f"anybit.{verb}({', '.join(arguments)}){f'.save({saved})' if saved else ''}"
+    arguments = [repr(one) for one in _FLAG.sub("", rest).split()]
+    arguments += [f"{one}..." if one.endswith("=") else one for one in keywords.values()]
+    return f"`anybit.{verb}({', '.join(arguments) or '...'}){f'.save({saved})' if saved else ''}`"
 
 
-def _keyword(match: re.Match[str], known: Collection[str]) -> str:
-    """Write one flag as a keyword with its value; unchanged if it belongs to another program."""
-    flag, word = match[1], match[2]
-    if flag in _PIP:
-        return match[0]
-    is_value = word is not None and (flag in ALWAYS_VALUED or _VALUE.fullmatch(word) is not None)
-    rest = f" {word}" if word is not None and not is_value else ""
-    if flag == "per-tensor":
-        return f"per_channel=False{rest}"
-    if flag.startswith("no-"):
-        return f"{flag.removeprefix('no-').replace('-', '_')}=False{rest}"
-    name = flag.replace("-", "_")
-    if name not in known:
-        name = OTHERWISE.get(flag, name)
+def _keyword(flag: re.Match[str], known: Collection[str]) -> str:
+    """Write one flag as a keyword, with its value."""
+    option, value = flag.groups()
+    if option == "per-tensor":
+        return "per_channel=False"
+    if option.startswith("no-"):
+        return f"{option.removeprefix('no-').replace('-', '_')}=False"
+    name = option.replace("-", "_")
     if name in SWITCHES:
-        return f"{name}=True{rest}"
-    written = f"{name}={_literal(name, word.strip(chr(39))) if is_value else ''}"
-    return f"{f'Preprocessing({written})' if name in PREPROCESSING and name not in known else written}{rest}"
+        return f"{name}=True"
+    if name not in known:
+        name = OTHERWISE.get(option, name)
+    keyword = f"{name}={'' if value is None else _literal(name, value)}"
+    return f"Preprocessing({keyword})" if name in PREPROCESSING and name not in known else keyword
 
 
-def _literal(name: str, value: str) -> str:
+def _literal(name: str, text: str) -> str:
+    """Write a value as in Python."""
+    value = text[1:-1] if text[0] in "'\"" else text
     if name in MAPPINGS:
         key, _, amount = value.partition("=")
-        return f"{{{key!r}: {amount or '1.0'}}}" if name == "outputs" else f"{{{key!r}: {amount or 'W8A8'!r}}}"
+        return f"{{{key!r}: {(amount if name == 'outputs' else repr(amount)) if amount else MAPPINGS[name]}}}"
     if name == "memory" and (size := _SIZE.fullmatch(value)):
         return str(round(float(size[1]) * 1000 ** " kMGT".index(size[2] or " ")))
     if re.fullmatch(r"-?\d+(\.\d+)?", value):

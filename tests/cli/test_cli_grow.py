@@ -70,9 +70,9 @@ def test_the_method_follows_from_the_scheme_and_is_recorded(here):
 @pytest.mark.parametrize(
     ("method", "options", "remedy"),
     [
-        ("lsq", ["--budget", "3bit"], "Method lsq trains a scheme: give one with --scheme RUN, or choose --method csq or msq."),
-        ("csq", ["--scheme", "first"], "Method csq grows a scheme of its own: leave out --scheme, or choose --method lsq."),
-        ("msq", ["--scheme", "first"], "Method msq grows a scheme of its own: leave out --scheme, or choose --method lsq."),
+        ("lsq", ["--budget", "3bit"], "Method lsq trains a scheme: give one with --scheme=RUN, or choose --method=csq or --method=msq."),
+        ("csq", ["--scheme", "first"], "Method csq grows a scheme of its own: leave out --scheme, or choose --method=lsq."),
+        ("msq", ["--scheme", "first"], "Method msq grows a scheme of its own: leave out --scheme, or choose --method=lsq."),
         ("qat", ["--budget", "3bit"], "method 'qat' is unknown. Choose from csq, msq or lsq."),
     ],
 )

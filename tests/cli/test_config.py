@@ -265,7 +265,7 @@ def test_training_and_search_repeat_from_their_reports(here):
         ("c.toml", "held_out = nan", ["c.toml: held_out nan"]),
         ("c.toml", "drop = inf", ["c.toml: drop inf"]),
         ("c.json", '{"mirror": 1}', ["c.json: mirror 1"]),
-        ("c.json", '{"keep": ["fc"]}', ["--keep 'fc'"]),
+        ("c.json", '{"keep": ["fc"]}', ["--keep='fc'"]),
         ("c.json", '{"keep": {"fc": "W9"}}', ["c.json: keep", "2..8"]),
         ("c.json", '{"weight_bits": "four"}', ["weight_bits 'four'", "2,3,4,6,8"]),
         ("c.json", '{"model": 3}', ["c.json: model 3"]),

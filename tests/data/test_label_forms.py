@@ -107,7 +107,7 @@ def test_rows_of_labels_are_read_alike_in_every_container(classes, container, tm
         data = make(tmp_path, X, labels)
         assert anybit.evaluate(net(), data) == expected
         notes = notes_of(lambda data=data: anybit.evaluate(net(), data))
-        assert "one-hot" in notes and "--task multi-label" in notes
+        assert "one-hot" in notes and "--task=multi-label" in notes
     assert "f1" in anybit.evaluate(net(), make(tmp_path, X, one_hot), task="multi-label")
     one_hot[20] = 1
     assert "f1" in anybit.evaluate(net(), make(tmp_path, X, one_hot))

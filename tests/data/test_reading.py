@@ -138,7 +138,7 @@ def test_data_set_that_cannot_be_read_is_refused(data, words):
 
 def test_dead_worker_is_reported_with_a_remedy(monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
-    refusal(lambda: list(as_samples(Dying(), 1).batches(4)), "worker processes", "--workers 0")
+    refusal(lambda: list(as_samples(Dying(), 1).batches(4)), "worker processes", "--workers=0")
 
 
 def test_subclass_of_a_subset_is_digested_with_its_changes():

@@ -108,8 +108,8 @@ def test_label_loss_descends_or_is_rejected_by_name(task):
     try:
         task.check_trains_on_labels()
     except InvalidSetting as refusal:
-        assert task.name in str(refusal) and "--distill 1" in str(refusal)
-        with pytest.raises(InvalidSetting, match="--distill 1"):
+        assert task.name in str(refusal) and "--distill=1" in str(refusal)
+        with pytest.raises(InvalidSetting, match="--distill=1"):
             task_loss(outputs, batch, task.name, nn.Identity(), 0.5)
         return
     loss = task_loss(outputs, batch, task.name, None, 0.0)

@@ -312,7 +312,7 @@ def test_missing_loader_is_skipped_by_name(bert, monkeypatch):
 @pytest.mark.parametrize("samples", [0, -3])
 def test_rejects_too_few_samples(samples, bert):
     run, model, data, out = bert
-    with pytest.raises(InvalidSetting, match=f"--samples {samples}"):
+    with pytest.raises(InvalidSetting, match=f"--samples={samples}"):
         verify_folder(run, out, model=model, data=data, samples=samples)
 
 

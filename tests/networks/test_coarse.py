@@ -73,7 +73,7 @@ def test_calibrate_names_the_layer_and_a_working_remedy(caplog):
     settings = {"samples": 128, "weight_bits": (8,), "activation_bits": (8,), "pipeline": "light", "solver": "none"}
     result = anybit.calibrate(network, inputs, None, **settings)
     (note,) = result.report["notes"]
-    layer, keep = re.search(r"^(\S+) reads inputs that lie far from zero.*--keep '(\S+)'$", note).groups()
+    layer, keep = re.search(r"^(\S+) reads inputs that lie far from zero.*--keep='(\S+)'$", note).groups()
     assert layer == "0" and keep == "0=float"
     cured = anybit.calibrate(network, inputs, None, keep={"0": "float"}, **settings)
     assert "notes" not in cured.report

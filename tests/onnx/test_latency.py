@@ -100,7 +100,7 @@ def test_measured_parts_add_up_to_measured_wholes(name):
 def test_latency_budget_is_met_and_measured_again(quick, full_disk):
     model, data = make(Residual), pictures(40)
     quick |= {"activation_bits": (8, None), "pipeline": "light"}
-    with pytest.raises(InvalidSetting, match="anybit profile"):
+    with pytest.raises(InvalidSetting, match=r"anybit\.profile"):
         anybit.calibrate(model, data, "latency=2ms", **quick)
     observed = ready(model, Batch(data[:2]))
     table = table_of(observed.names)
@@ -133,7 +133,7 @@ def test_search_and_extract_support_latency(tmp_path):
     folder = anybit.train(make(Residual), labelled, bits=(2, 8), epochs=1, batch_size=16, held_out=0.3).save(tmp_path / "supernet")
     options = {"model": make(Residual), "data": labelled}
     for verb in (anybit.search, anybit.extract):
-        with pytest.raises(InvalidSetting, match="anybit profile"):
+        with pytest.raises(InvalidSetting, match=r"anybit\.profile"):
             verb(folder, budget="latency=2ms", **options)
     observed = ready(make(Residual), Batch(x[:2]))
     table = table_of(observed.names)

@@ -323,7 +323,7 @@ def test_a_float_network_at_chance_is_noted(where):
     with listening(events=lambda event, fields: notes.extend([fields["note"]] if "note" in fields else [])):
         report = anybit.calibrate(make(Chain), budget=None, **given, **options).report
     (note,) = (note for note in report["notes"] if "most frequent class" in note)
-    assert "--weights FILE" in note and note in notes
+    assert "--weights=FILE" in note and note in notes
 
 
 def test_rounding_is_recorded_and_names_its_stages(tmp_path):

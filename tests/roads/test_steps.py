@@ -103,7 +103,7 @@ def test_kept_layers_have_one_choice():
 
 
 def test_rejects_pattern_without_layers_with_near_matches():
-    with pytest.raises(InvalidSetting, match=r"block1\.conv3=W8A8 matches no quantizable layer.*block1\.conv"):
+    with pytest.raises(InvalidSetting, match=r"block1\.conv3=W8A8. matches no quantizable layer.*block1\.conv"):
         observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(keep={"block1.conv3": Precision(8, 8)}).options)
 
 
@@ -434,7 +434,7 @@ def test_rejects_weight_whose_scale_exceeds_float32_before_any_data():
     model = make(Chain)
     with torch.no_grad():
         model.bn1.weight.fill_(3e38)
-    with pytest.raises(UnsupportedModel, match=r"conv1: the weight, with its batch norm folded.*--keep 'conv1=float'"):
+    with pytest.raises(UnsupportedModel, match=r"conv1: the weight, with its batch norm folded.*--keep='conv1=float'"):
         observe_network(model, Batch(pictures(2)), SETTINGS.options)
 
 

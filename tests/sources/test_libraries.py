@@ -55,7 +55,7 @@ def library(monkeypatch):
 
 
 def test_unreachable_weights_error_is_one_sentence_with_two_remedies(library):
-    with pytest.raises(InvalidSetting, match=r"cannot be downloaded \(.*not known.*--weights FILE.*--weights random") as raised:
+    with pytest.raises(InvalidSetting, match=r"cannot be downloaded \(.*not known.*--weights=FILE.*--weights=random") as raised:
         load_model("torchvision:zeroed")
     assert "\n" not in str(raised.value)
 

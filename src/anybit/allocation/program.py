@@ -108,7 +108,7 @@ def _linear(cost: Cost, limit: float, choices: Mapping[str, Sequence[Precision]]
 
 def _check_limit(cost: Cost, limit: float, costs: CostModel) -> None:
     if not cost.is_known(costs):
-        raise InvalidSetting(f"A budget of {cost.name} needs a measured table: run anybit profile on this model and data first.")
+        raise InvalidSetting(f"A budget of {cost.name} needs a measured table: run `anybit profile` on this model and data first.")
     if cost.most is not None and limit > cost.most(costs):
         raise InvalidSetting(
             f"A budget of {cost.in_words(limit)} is above the float network's {cost.in_words(cost.most(costs))}: there is nothing to save. "

@@ -42,7 +42,7 @@ def parse_outputs(items: Sequence[str]) -> dict[str, float]:
         except ValueError:
             name = ""
         if not name:
-            raise InvalidSetting(f"--outputs {item!r} cannot be read. Write NAME or NAME=WEIGHT: boxes, boxes=0.5, 0.")
+            raise InvalidSetting(f"--outputs={item!r} cannot be read. Write NAME or NAME=WEIGHT: boxes, boxes=0.5, 0.")
     return outputs
 
 
@@ -68,8 +68,8 @@ def parse_columns(text: str | None) -> dict[str, str | int]:
     for assignment in text.split(",") if text else ():
         role, separator, column = assignment.partition("=")
         if not separator or role not in ROLES or not column:
-            raise InvalidSetting(f"--columns {text!r} cannot be read. Write roles ({', '.join(ROLES)}): text=sentence,label=label.")
+            raise InvalidSetting(f"--columns={text!r} cannot be read. Write roles ({', '.join(ROLES)}): text=sentence,label=label.")
         if role in columns:
-            raise InvalidSetting(f"--columns {text!r} names the {role} twice.")
+            raise InvalidSetting(f"--columns={text!r} names the {role} twice.")
         columns[role] = int(column) if column.isascii() and column.isdigit() else column
     return columns

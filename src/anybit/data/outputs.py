@@ -162,8 +162,8 @@ def _chosen(
         if own not in names and (whole := f"{name}={weight:g}") in names:  # the name itself ends in =1, and the weight was left out
             own, weight = whole, 1.0
         if own in others:
-            raise InvalidSetting(f"--outputs {name!r} cannot be compared: {others[own]}. Choose from {', '.join(possible) or 'none'}.")
+            raise InvalidSetting(f"--outputs={name!r} cannot be compared: {others[own]}. Choose from {', '.join(possible) or 'none'}.")
         if own not in possible:
-            raise InvalidSetting(f"--outputs {name!r} is not an output of the network. Choose from {', '.join(possible)}.")
+            raise InvalidSetting(f"--outputs={name!r} is not an output of the network. Choose from {', '.join(possible)}.")
         weights[own] = weight
     return tuple(Output(one.name, one.place, one.shape, weights[name]) for name, one in possible.items() if name in weights)

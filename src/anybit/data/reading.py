@@ -161,6 +161,6 @@ def _of_workers(workers: int) -> Iterator[None]:
         lines = [line for line in str(error).splitlines() if line.strip()]
         last = lines[-1] if lines and lines[0].startswith("Caught ") else f"{type(error).__name__}: {in_words(error)}"
         raise InvalidInput(
-            f"The worker processes that load the data ({workers}) failed: {last.rstrip('.')}. Load it in the main process: --workers 0, "
+            f"The worker processes that load the data ({workers}) failed: {last.rstrip('.')}. Load it in the main process: --workers=0, "
             "and num_workers=0 in a DataLoader."
         ) from error.with_traceback(None)  # whose frames hold the workers

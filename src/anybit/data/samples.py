@@ -143,7 +143,7 @@ def from_one_hot(labels: Tensor, dimension: int) -> Tensor:
     if not are_one_hot(labels, dimension):
         raise InvalidInput(
             "Labels are read as one-hot, by the task or because the first ones are, but later ones have no class or several. Give each "
-            "one class, or name the task of independent labels: --task multi-label."
+            "one class, or name the task of independent labels: --task=multi-label."
         )
     return (labels == 1).long().argmax(dimension)
 

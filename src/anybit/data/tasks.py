@@ -70,11 +70,11 @@ class Task:
 
     def check_trains_on_labels(self) -> None:
         """Raise InvalidSetting if labels define no training loss."""
-        raise InvalidSetting(f"A network for {self.name} can only be trained on the float network's outputs: give --distill 1.")
+        raise InvalidSetting(f"A network for {self.name} can only be trained on the float network's outputs: give --distill=1.")
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the training loss on labels. Raises InvalidSetting if they define none."""
-        raise InvalidSetting(f"Labels define no training loss for {self.name}: give --distill 1.")
+        raise InvalidSetting(f"Labels define no training loss for {self.name}: give --distill=1.")
 
     def classes(self, outputs: Tensor) -> int | None:
         """Return the number of classes of a whole sample, or None."""
@@ -325,7 +325,7 @@ class Embedding(Task):
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         if len(outputs) % 2 or len(labels) < 4 or len(labels[0::2].unique()) < 2:
             raise InvalidInput(
-                "Embeddings are scored on pairs of sentences with different scores. Give at least two (--columns pair=NAME)."
+                "Embeddings are scored on pairs of sentences with different scores. Give at least two (--columns='pair=NAME')."
             )
         if not torch.equal(labels[0::2], labels[1::2]):
             raise InvalidInput("Embeddings are scored on pairs of sentences, one after the other with one score. Give both the same label.")
@@ -553,7 +553,7 @@ def _check_foreground(labels: Tensor) -> None:
     if (labels == VOID).any() and (labels == 0).any() and not (labels == 1).any():
         raise InvalidInput(
             f"The labels are only 0 and {VOID}, and {VOID} is not scored. Write 1 for the foreground, or, without any, name the "
-            f"--task {MultiLabel.name}."
+            f"--task={MultiLabel.name}."
         )
 
 
@@ -779,7 +779,7 @@ def task_loss(outputs: Tensor, batch: Batch, task: str | Task, teacher: nn.Modul
     if distill < 1:
         task.check_trains_on_labels()
         if batch.labels is None:
-            raise InvalidInput("Training needs labels, and this data has none. Give labelled data, or --distill 1.")
+            raise InvalidInput("Training needs labels, and this data has none. Give labelled data, or --distill=1.")
         check_labels(outputs, batch.labels, task)
         loss = (1 - distill) * task.loss(outputs, batch.labels)
     if distill > 0:

@@ -93,7 +93,7 @@ def with_roles(table: Sequence[tuple[int, Mapping]], columns: Mapping[str, str |
         if column not in present:
             names = ", ".join(map(str, present))
             raise InvalidInput(
-                f"{where} has no column {column!r} for the {role}; its columns are {names}. Name one with --columns {role}=NAME."
+                f"{where} has no column {column!r} for the {role}; its columns are {names}. Name one with --columns='{role}=NAME'."
             )
     candidates = {
         role: columns.get(role, next((name for name in names if name in present), None))
@@ -102,7 +102,7 @@ def with_roles(table: Sequence[tuple[int, Mapping]], columns: Mapping[str, str |
     chosen = {role: column for role, column in candidates.items() if column is not None}
     if not {"text", "context"} & set(chosen):
         names = ", ".join(map(str, present))
-        raise InvalidInput(f"{where} has no column of texts ({names}). Name it: --columns text=NAME (and label=NAME, pair=NAME).")
+        raise InvalidInput(f"{where} has no column of texts ({names}). Name it: --columns='text=NAME' (and label=NAME, pair=NAME).")
     rows: list[Row] = []
     for number, row in table:
         values = {role: row.get(column) for role, column in chosen.items()}
@@ -201,7 +201,7 @@ class Texts(Dataset):
         if count > encoding.length:
             raise InvalidInput(
                 f"{self.where}: text {index + 1} has {count} tokens, more than the {encoding.length} that the network accepts "
-                f"({texts[0][:40]!r}...). Truncate such texts with --length {encoding.length}, or leave them out."
+                f"({texts[0][:40]!r}...). Truncate such texts with --length={encoding.length}, or leave them out."
             )
         if count == 0:
             raise InvalidInput(f"{self.where}: text {index + 1} has no tokens ({texts[0][:40]!r}). Leave it out.")

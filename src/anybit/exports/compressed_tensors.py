@@ -328,13 +328,13 @@ def verify_folder(
 def _read_exported(path: Path) -> tuple[dict[str, TensorSpec], dict[str, Any]]:
     """Return (the specs of an exported folder's tensors, its config.json). Raises InvalidFile unless anybit exported it."""
     if not (path / CONFIG).is_file() or not (path / MODEL).is_file():
-        raise InvalidFile(f"{path} has no {CONFIG} or no {MODEL}. Write it with anybit export --compressed-tensors.")
+        raise InvalidFile(f"{path} has no {CONFIG} or no {MODEL}. Write it with `anybit export --compressed-tensors`.")
     try:
         specs, settings = read_header(path / MODEL)[0], read_json(path / CONFIG)
     except InvalidFile as error:
         raise InvalidFile(f"{error} Export the run again, with --overwrite.") from error
     if not isinstance(settings, dict) or RUN not in settings:
-        raise InvalidFile(f"{path} is not a folder that anybit exported. Write one with anybit export --compressed-tensors.")
+        raise InvalidFile(f"{path} is not a folder that anybit exported. Write one with `anybit export --compressed-tensors`.")
     return specs, settings
 
 

@@ -35,9 +35,9 @@ def appended(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
             begun = True
         except OSError as error:
             if not begun:
-                raise InvalidSetting(f"--log {path} cannot be written: {error.strerror}. Choose another file.") from error
+                raise InvalidSetting(f"--log={path} cannot be written: {error.strerror}. Choose another file.") from error
             failed = True
-            warnings.warn(f"--log {path} ends here: {error.strerror}. The work continues without it.", stacklevel=2)
+            warnings.warn(f"--log={path} ends here: {error.strerror}. The work continues without it.", stacklevel=2)
 
     try:
         yield write
@@ -55,7 +55,7 @@ def _opened(path: Path) -> TextIO:
         file.write("\n" if cut else "")
         return file
     except OSError as error:
-        raise InvalidSetting(f"--log {path} cannot be written: {error.strerror}. Choose another file.") from error
+        raise InvalidSetting(f"--log={path} cannot be written: {error.strerror}. Choose another file.") from error
 
 
 def _cut_off(path: Path) -> bool:
@@ -67,7 +67,7 @@ def _cut_off(path: Path) -> bool:
         file.seek(-1, 2)
         last = file.read(1)
     if not START.startswith(first[: len(START)]):
-        raise InvalidSetting(f"--log {path} exists and is not a log of anybit. Choose another file.")
+        raise InvalidSetting(f"--log={path} exists and is not a log of anybit. Choose another file.")
     return last != b"\n"
 
 

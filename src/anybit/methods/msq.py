@@ -8,7 +8,7 @@
 Training starts with `start_bits` everywhere. Over its first part (`dropping`), a limit falls from that scheme's size to the budget in
 `drops` rounds. In each round, layers lose the bits that cost least among all choices that bring the scheme below the limit: one integer
 program, which may take several bits from a layer at once. In the last round, bits may return where others leave room. Then the scheme is
-fixed, and the rest of the run trains weights and steps at it, as LSQ does; CSQ needs a second run for that (`--scheme RUN`).
+fixed, and the rest of the run trains weights and steps at it, as LSQ does; CSQ needs a second run for that (`--scheme=RUN`).
 
 Source: Han, Yoon, Kim, Wang, Jeon, Yang, Ko, "MSQ: Memory-Efficient Bit Sparsification Quantization", ICCV 2025 (arXiv 2507.22349);
 from its abstract and notes on it, not from its text or code. Published, second-hand and not reproduced here: ResNet-20 on CIFAR-10 92.15 at

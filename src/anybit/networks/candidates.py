@@ -246,5 +246,5 @@ def check_finite_samples(samples: Mapping[str, Sequence[Tensor]]) -> None:
         if largest > LARGEST:
             raise InvalidInput(
                 f"The input of layer {name} reaches {largest:.3g} on the calibration data; a scale for values "
-                f"beyond {LARGEST:.1g} overflows float32. Check the data and the network, or --keep '{name}=float'."
+                f"beyond {LARGEST:.1g} overflows float32. Check the data and the network, or --keep='{name}=float'."
             )

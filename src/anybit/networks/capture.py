@@ -362,7 +362,7 @@ def input_samples(model: nn.Module, layers: Iterable[str], batches: Iterable[Bat
         flat = unpadded(tensor, mask).reshape(-1)
         if not len(flat):
             raise UnsupportedModel(
-                f"Layer {name} reads an input of shape {tuple(tensor.shape)}, which is empty. Keep it: --keep '{name}=float'."
+                f"Layer {name} reads an input of shape {tuple(tensor.shape)}, which is empty. Keep it: --keep='{name}=float'."
             )
         picked = flat if len(flat) <= each else flat[torch.randint(len(flat), (each,), generator=generator)]
         return torch.cat([picked, flat.min()[None], flat.max()[None]]).float()

@@ -81,5 +81,5 @@ def coarse_in_words(errors: Mapping[str, float], bits: Mapping[str, int]) -> Ite
         yield (
             f"{name} reads inputs that lie far from zero or have unlike units: rounding them to {bits[name]} bits costs "
             f"{100 * error:.0f} % of the variance of its outputs. Normalize them (subtract each one's mean, divide by its deviation), or "
-            f"keep the layer float: --keep '{name}=float'"
+            f"keep the layer float: --keep='{name}=float'"
         )

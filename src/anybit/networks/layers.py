@@ -119,13 +119,13 @@ def check_plain_use(wiring: Wiring, names: Iterable[str]) -> None:
     for name in names:
         if name in wiring.surroundings:
             raise UnsupportedModel(
-                f"Layer {name} runs {wiring.surroundings[name]}. Let the forward call it plainly, or keep it float: --keep '{name}=float'."
+                f"Layer {name} runs {wiring.surroundings[name]}. Let the forward call it plainly, or keep it float: --keep='{name}=float'."
             )
         several = [len(operation.outputs) for operation in wiring.runs(name) if len(operation.outputs) != 1]
         if several:
             raise UnsupportedModel(
                 f"Layer {name} returns {several[0]} tensors; a quantized layer must return one. Let it return "
-                f"one, or keep it float: --keep '{name}=float'."
+                f"one, or keep it float: --keep='{name}=float'."
             )
 
 

@@ -245,12 +245,12 @@ def check_differentiable(model: nn.Module, blocks: Iterable[str], example: Batch
     except AnybitError:
         raise
     except Exception as error:
-        raise UnsupportedModel(f"The network's outputs cannot be differentiated: {_first_sentence(error)} Use --pipeline light.") from error
+        raise UnsupportedModel(f"The network's outputs cannot be differentiated: {_first_sentence(error)} Use --pipeline=light.") from error
     if cut or not output.requires_grad:
         place = f"Block {cut[0]}" if cut else f"The forward of {type(model).__name__}"
         raise UnsupportedModel(
-            f"{place} lets no gradient through (no_grad, inference_mode or detach inside it), and only --pipeline light works without one. "
-            "Remove it from the forward, or calibrate with --pipeline light."
+            f"{place} lets no gradient through (no_grad, inference_mode or detach inside it), and only --pipeline=light works without one. "
+            "Remove it from the forward, or calibrate with --pipeline=light."
         )
 
 
@@ -265,7 +265,7 @@ def as_observed(model: nn.Module, expected: Mapping[str, int]) -> Iterator[None]
             if calls[name] != count:
                 raise UnsupportedModel(
                     f"Layer {name} runs {_times(calls[name])} on some inputs and {_times(count)} on others: its forward depends on "
-                    f"the values or the number of its inputs. Keep it float: --keep '{name}=float'."
+                    f"the values or the number of its inputs. Keep it float: --keep='{name}=float'."
                 )
         calls.clear()
 

@@ -88,7 +88,7 @@ def check_sizes(layers: Mapping[str, nn.Module]) -> None:
             if not largest <= LARGEST:
                 raise UnsupportedModel(
                     f"{name}: the {key}, with its batch norm folded in, reaches {largest:.3g}; a scale for values "
-                    f"beyond {LARGEST:.1g} overflows float32. Repair the network, or --keep '{name}=float'."
+                    f"beyond {LARGEST:.1g} overflows float32. Repair the network, or --keep='{name}=float'."
                 )
 
 

@@ -145,7 +145,7 @@ def load(path: Path) -> ir.Model:
     import onnx
 
     if not path.is_file():
-        raise InvalidFile(f"{path} is not there. Write it with anybit export.")
+        raise InvalidFile(f"{path} is not there. Write it with `anybit export`.")
     try:
         proto = onnx.load(path, load_external_data=False)
         if any(tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(proto)):
@@ -155,7 +155,7 @@ def load(path: Path) -> ir.Model:
     except Exception as error:  # protobuf, the checker and the converter raise errors of several kinds
         raise InvalidFile(f"{path} is not a valid ONNX file: {in_words(error)}. Export the run again.") from error
     if model.producer_name != "anybit" or model.graph.opset_imports.get("") not in (OPSET, TWO_BIT_VERSIONS[0]):
-        raise InvalidFile(f"{path} was not written by anybit export. Export the run again.")
+        raise InvalidFile(f"{path} was not written by `anybit export`. Export the run again.")
     return model
 
 

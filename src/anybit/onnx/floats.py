@@ -391,7 +391,7 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
         if (other and not nodes) or not all(any(_reads(node, taken, values) for node in nodes) for taken in calls):
             raise UnsupportedModel(
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "
-                f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep '{name}=float'."
+                f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep='{name}=float'."
             )
 
 
@@ -402,7 +402,7 @@ def _check_recurrent(graph: ir.Model, weights: Mapping[str, np.ndarray]) -> None
         if name not in held:
             raise UnsupportedModel(
                 f"{name}: the ONNX exporter writes out the recurrent layer to which it belongs, and none of its operators uses "
-                f"this matrix. Keep it float: --keep '{name}=float'."
+                f"this matrix. Keep it float: --keep='{name}=float'."
             )
 
 

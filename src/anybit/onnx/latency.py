@@ -223,7 +223,7 @@ def load_table(network: ObservedNetwork, threads: int = 1) -> tuple[LatencyTable
         if record.of != place.stem or not set(record.layers) == set(network.names):
             raise InvalidFile(f"{place} is of another network, machine or runtime.")
     except InvalidFile as error:
-        raise InvalidFile(f"{error} Measure again: anybit profile --overwrite.") from error
+        raise InvalidFile(f"{error} Measure again: `anybit profile --overwrite`.") from error
     layers = {name: row.model_dump() for name, row in record.layers.items()}
     steps = [OperationFlow(step.layer, tuple(step.inputs), tuple(step.outputs), step.numbers) for step in record.steps]
     return LatencyTable(layers, record.rest.model_dump(), record.boundary, steps, record.fixed, record.products), record.about

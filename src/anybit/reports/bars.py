@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from anybit.progress import Listener, Moment, is_watched, listening
 from anybit.reports.words import duration
+from anybit.wording import in_python
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 WIDTH = 24
@@ -45,7 +46,7 @@ def show_progress() -> Iterator[None]:
 
         def note(event: str, fields: Any) -> None:
             if "note" in fields:
-                show(fields["note"])
+                show(in_python(fields["note"]))
 
         with listening(listener, note):
             yield

@@ -58,7 +58,7 @@ def explain(run: str | Path, layer: str) -> dict[str, Any]:
     if record.table is None:
         raise InvalidFile(
             f"{folder / REPORT} was written by an earlier anybit and has no table of candidates. Repeat the run, or run "
-            f"anybit allocate {folder} --budget {record.budget or '4bit'} --output RUN2, and explain that."
+            f"`anybit allocate {folder} --budget={record.budget or '4bit'} --output=RUN2`, and explain that."
         )
     return explanation | _of_allocation(record, layer)
 

@@ -22,7 +22,7 @@ def print_runs(reports: Mapping[Path, Mapping[str, Any]], details: bool = True) 
     for folder, report in reports.items():
         print(f"{folder}: {result_line(report)}")
     if details:  # stdout is for results
-        following = f"anybit export {shlex.quote(str(last))} --onnx {shlex.quote(f'{last.name}.onnx')}"
+        following = f"anybit export {shlex.quote(str(last))} --onnx={shlex.quote(f'{last.name}.onnx')}"
         print(f"Next: {following}, or open {last / 'report.html'}", file=sys.stderr)
 
 

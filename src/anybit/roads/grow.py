@@ -76,8 +76,8 @@ def grow_method_name(method: str | None, has_scheme: bool) -> str:
     if method is None:
         return fitting[0]
     if method not in fitting:
-        trouble = "grows a scheme of its own: leave out --scheme" if has_scheme else "trains a scheme: give one with --scheme RUN"
-        raise InvalidSetting(f"Method {method} {trouble}, or choose --method {' or '.join(fitting)}.")
+        trouble = "grows a scheme of its own: leave out --scheme" if has_scheme else "trains a scheme: give one with --scheme=RUN"
+        raise InvalidSetting(f"Method {method} {trouble}, or choose {' or '.join(f'--method={one}' for one in fitting)}.")
     return method
 
 

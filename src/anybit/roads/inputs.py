@@ -110,13 +110,13 @@ def check_inputs(model: nn.Module, samples: Samples) -> None:
 
 def on_device(model: nn.Module, device: str, samples: Samples | None = None) -> nn.Module:
     """Return a copy of the model on `device`; with samples, check that it reproduces the model's outputs on the first of them."""
-    with naming("--device"):
+    with naming("--device="):
         check_device(device)
     model = copied(model) if samples is None else checked_copy(model, first_samples(samples))
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidSetting(f"--device {device} cannot be used here: {error}") from error
+        raise InvalidSetting(f"--device={device} cannot be used here: {error}") from error
 
 
 def example_of(calibration: Calibration) -> Batch:

@@ -23,7 +23,9 @@ def with_latencies(network: ObservedNetwork, budgets: Sequence[Budget]) -> Obser
 
     loaded = load_table(network)
     if loaded is None:
-        raise InvalidSetting("A budget of latency needs a table measured on this machine: run anybit profile on this model and data first.")
+        raise InvalidSetting(
+            "A budget of latency needs a table measured on this machine: run `anybit profile` on this model and data first."
+        )
     return replace(network, costs=replace(network.costs, latency=loaded[0]))
 
 

@@ -58,12 +58,12 @@ def check_memory(network: ObservedNetwork, calibration: Calibration, settings: C
     if settings.memory < floor and least < floor:
         raise InvalidSetting(
             f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(floor)} that a run may need however small the network is. "
-            f"Give at least --memory {_megabytes(floor)}."
+            f"Give at least --memory={_megabytes(floor)}."
         )
     if settings.memory < least:
         raise InvalidSetting(
             f"memory {settings.memory / 1e6:.4g}MB is less than the {_megabytes(least)} of activations that {step} needs. "
-            f"Give at least --memory {_megabytes(least)}, or reduce the step: {instead}."
+            f"Give at least --memory={_megabytes(least)}, or reduce the step: {instead}."
         )
 
 

@@ -130,7 +130,7 @@ def parse_one_width(text: str) -> int | None:
     """Parse one bit-width, or "float" as None."""
     bits = BITS.parse(text)
     if len(bits) != 1:
-        raise InvalidSetting(f"--activation-bits {text}: grow trains one activation bit-width. Give one number, or float.")
+        raise InvalidSetting(f"--activation-bits={text}: grow trains one activation bit-width. Give one number, or float.")
     return bits[0]
 
 
@@ -147,7 +147,7 @@ class GrowSettings(Settings):
     )
     keep: Mapping[str, Precision] = same_as(CalibrateSettings, "keep")
     method: str | None = option(None, "csq, msq: grow a scheme; lsq: train one (default: csq, lsq).", choices=tuple(GROW_METHODS))
-    from_scratch: bool = option(False, "Start from new weights; use with --fix 0.6 --gate-rate 0.03.", switch=True, rare=True)
+    from_scratch: bool = option(False, "Start from new weights; use with --fix=0.6 --gate-rate=0.03.", switch=True, rare=True)
     task: str | None = same_as(CalibrateSettings, "task", rare=True)
     outputs: Mapping[str, float] = same_as(CalibrateSettings, "outputs", rare=True)
     csq: CSQSettings = field(default_factory=CSQSettings)

@@ -243,7 +243,7 @@ def chance_in_words(outputs: Tensor, labels: Tensor, task: Task, where: str) -> 
         return ""
     return (
         f"the float network's top-1 accuracy on the {where} is {100 * right:.1f} %, no better than always naming the most frequent class "
-        f"({100 * frequent:.1f} %): its weights may not be loaded (--weights FILE), or the labels numbered otherwise than its outputs"
+        f"({100 * frequent:.1f} %): its weights may not be loaded (--weights=FILE), or the labels numbered otherwise than its outputs"
     )
 
 

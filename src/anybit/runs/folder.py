@@ -106,7 +106,7 @@ def check_run(path: Path) -> None:
     check_one(path)
     if not (path / SCHEME).is_file() and (path / SUPERNET).is_file():
         raise InvalidFile(
-            f"{path} holds a supernet, which has no scheme of its own. Extract a subnet: anybit extract {path} --budget 3bit."
+            f"{path} holds a supernet, which has no scheme of its own. Extract a subnet: `anybit extract {path} --budget=3bit`."
         )
 
 
@@ -114,7 +114,7 @@ def check_supernet(path: Path) -> None:
     """Raise InvalidFile if `path` holds no supernet."""
     check_folder(path)
     if not (path / SUPERNET_JSON).is_file():
-        raise InvalidFile(f"{path} is a run, not a supernet: it has no {SUPERNET_JSON}. Train one with anybit train.")
+        raise InvalidFile(f"{path} is a run, not a supernet: it has no {SUPERNET_JSON}. Train one with `anybit train`.")
 
 
 def _taken(path: Path) -> str:

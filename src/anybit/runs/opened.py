@@ -83,7 +83,7 @@ def inputs_for(run: Run, file: SchemeFile, model: nn.Module, data: Any = None, w
 def first_of(inputs: Samples, count: int | None) -> Samples:
     """Return the first `count` samples (None: all). Raises InvalidInput if there are none."""
     if count is not None and count < 1:
-        raise InvalidSetting(f"--samples {count} must be at least 1.")
+        raise InvalidSetting(f"--samples={count} must be at least 1.")
     if len(inputs) == 0:
         raise InvalidInput("The data is empty. Give inputs of the network with --data.")
     return inputs if count is None else inputs.subset(range(min(count, len(inputs))))

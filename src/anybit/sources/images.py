@@ -103,7 +103,7 @@ def class_numbers(names: Collection[str], classes: Collection[str] | None, root:
         if unknown := sorted(set(names) - set(known)):
             raise InvalidInput(
                 f"{root} has folders of unknown classes, {some(unknown)}, beside {some(list(known))}. Name all classes in "
-                "the order of their numbers: --classes A,B,C."
+                "the order of their numbers: --classes=A,B,C."
             )
         return known
     if _are_numbers(names):
@@ -149,7 +149,7 @@ def common_classes(references: Iterable[Any]) -> tuple[str, ...] | None:
         other = next(root for root in roots if root not in numbered)
         raise InvalidInput(
             f"The class folders of {numbered[0]} are numbers, and those of {other} also names ({some(sorted(folders[other]))}). Name them "
-            "alike, or name all classes in the order of their numbers: --classes A,B,C."
+            "alike, or name all classes in the order of their numbers: --classes=A,B,C."
         )
     _tell_of_mixed(names)
     return tuple(sorted(names))

@@ -70,10 +70,10 @@ def load_data(
     if reference.startswith("hf:") or (suffix_of(path) in TEXT_SUFFIXES and Path(path).is_file()):
         return _texts(reference, preprocessing, workers, model)
     if ":" not in reference:
-        with naming("--data"):
+        with naming("--data="):
             check_data(reference)
-    dataset = call_user_function(load_callable(reference, "--data"), f"--data {reference}")
-    with naming(f"{reference}:"):
+    dataset = call_user_function(load_callable(reference, "--data"), f"--data={reference}")
+    with naming(f"{reference}: "):
         return replace(as_samples(dataset, workers, model, most), name=reference)
 
 
@@ -81,13 +81,13 @@ def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn
     """Return the samples of a text file or of a Hugging Face data set."""
     if not is_transformers(model):
         raise InvalidSetting(
-            f"--data {reference} holds texts, which need the tokenizer of a Hugging Face model: give --model hf:FOLDER. For another "
+            f"--data={reference} holds texts, which need the tokenizer of a Hugging Face model: give --model=hf:FOLDER. For another "
             "network give a function that returns a data set of tokens."
         )
     place, subset = split_subset(reference)
-    texts = huggingface("texts", f"--data {reference}")
+    texts = huggingface("texts", f"--data={reference}")
     if place.startswith("hf:"):
-        import_optional("datasets", "datasets", f"--data {reference}")
+        import_optional("datasets", "datasets", f"--data={reference}")
         rows = texts.hub_rows(place[3:], subset, parse_columns(preprocessing.columns))
     else:
         rows = read_rows(Path(place), preprocessing.columns)
@@ -110,7 +110,7 @@ def as_samples(data: Any, workers: int = 0, model: nn.Module | None = None, most
     InvalidInput if the data is empty or of an unsupported kind.
     """
     if isinstance(data, (list, tuple)) and len(data) and isinstance(data[0], str):
-        raise InvalidInput("Plain texts cannot be used: write them to a file (--data texts.tsv), or give tokens.")
+        raise InvalidInput("Plain texts cannot be used: write them to a file (--data=texts.tsv), or give tokens.")
     if isinstance(data, (torch.Tensor, tuple, Mapping)):
         check_plain(data)
     return _read_by(model, _as_samples(_without_none(data), workers, model, most))
@@ -336,7 +336,7 @@ def with_class_numbers(model: nn.Module, samples: Samples, task: str | None, one
         dimension = dimension if one_hot and _rows_are_one_hot(samples) else None
     if dimension is not None:
         shape = ", ".join(["N", *map(str, labels[0].shape[1:])])
-        tell("note", note=f"labels [{shape}] are zeros and a single one: one-hot, read as class numbers (not with --task multi-label)")
+        tell("note", note=f"labels [{shape}] are zeros and a single one: one-hot, read as class numbers (not with --task=multi-label)")
         return replace(samples, one_hot=dimension)
     if not have_form_of_classes(labels[0], outputs) or (task is None and any(fractions(one).any() for one in labels)):
         return samples

@@ -18,6 +18,7 @@ from anybit.networks.plain import plain_weights
 from anybit.sources.callables import call_user_function, import_optional, load_callable
 from anybit.sources.libraries import LIBRARIES, library_model
 from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.published import check_published
 from anybit.sources.references import RANDOM, check_file, check_model
 
 if TYPE_CHECKING:
@@ -30,21 +31,22 @@ def load_model(reference: str, weights: str | None = None, task: str | None = No
     `weights="random"` draws them, for networks of timm, torchvision and Hugging Face. `task` chooses the head of a Hugging Face model
     (None: the one with which it was saved).
     """
-    with naming("--model"):
+    with naming("--model="):
         check_model(reference)
+    check_published(reference, weights)
     kind, _, name = reference.partition(":")
     if kind == "hf":
-        model = huggingface("models", f"--model {reference}").load(name, task, weights == RANDOM)
+        model = huggingface("models", f"--model={reference}").load(name, task, weights == RANDOM)
     elif kind in LIBRARIES:
         model = library_model(kind, name, weights)
     elif weights == RANDOM:
         raise InvalidSetting(
-            f"--weights random is for timm:, torchvision: and hf: networks; {reference} builds its own. Leave --weights out."
+            f"--weights=random is for timm:, torchvision: and hf: networks; {reference} builds its own. Leave --weights out."
         )
     else:
-        model = call_user_function(load_callable(reference, "--model"), f"--model {reference}")
+        model = call_user_function(load_callable(reference, "--model"), f"--model={reference}")
     if not isinstance(model, nn.Module):
-        raise InvalidSetting(f"--model {reference} returned a {type(model).__name__}, not a torch.nn.Module.")
+        raise InvalidSetting(f"--model={reference} returned a {type(model).__name__}, not a torch.nn.Module.")
     model = _covered_form(model)
     if weights and weights != RANDOM:
         load_weights(model, Path(weights))
@@ -86,7 +88,7 @@ def with_model_defaults(preprocessing: Preprocessing, model: nn.Module) -> Prepr
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state dict strictly. Raises SchemeMismatch naming the first keys that differ. Nothing in the file is executed."""
-    with naming("--weights"):
+    with naming("--weights="):
         check_file(path)
     try:
         if suffix_of(path) == ".safetensors":

@@ -39,9 +39,9 @@ class Preprocessing(Settings):
     def check(self) -> None:
         parse_columns(self.columns)
         if self.resize and self.size and self.size > self.resize:
-            raise InvalidSetting(f"--size {self.size} cannot be cropped from a short side of {self.resize}. Give a larger --resize.")
+            raise InvalidSetting(f"--size={self.size} cannot be cropped from a short side of {self.resize}. Give a larger --resize.")
         if self.classes is not None and (not all(self.classes) or len(set(self.classes)) < len(self.classes)):
-            raise InvalidSetting(f"--classes {CLASSES.write(self.classes)} has a name twice, or none. Name each class folder once.")
+            raise InvalidSetting(f"--classes={CLASSES.write(self.classes)} has a name twice, or none. Name each class folder once.")
 
     @property
     def black(self) -> tuple[float, ...]:

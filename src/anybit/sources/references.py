@@ -1,6 +1,6 @@
 """References in text form, checked before anything is imported or loaded. Imports no torch.
 
-Each function raises if the reference names nothing, in words that follow the option's name: "--data nowhere.npz is not there."
+Each function raises if the reference names nothing, in words that follow the option's name: "--data=nowhere.npz is not there."
 """
 
 import ast

@@ -46,7 +46,7 @@ def observe_supernet(model: nn.Module, example: Batch, settings: SupernetSetting
     """Return the float network observed and folded, each layer with the precisions to train."""
     pruned = next((pattern for pattern, precision in settings.keep.items() if precision.weight_bits == 0), None)
     if pruned is not None:
-        raise InvalidSetting(f"--keep {pruned}=W0: a supernet prunes no layer. Keep it at 2 to 8 bits, or float.")
+        raise InvalidSetting(f"--keep='{pruned}=W0': a supernet prunes no layer. Keep it at 2 to 8 bits, or float.")
     return observe_network(model, example, LayerOptions(settings.bits, settings.bits, settings.keep, gradients=True))
 
 

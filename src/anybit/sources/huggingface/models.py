@@ -34,27 +34,27 @@ def load(name: str, task: str | None = None, random: bool = False) -> transforme
     """
     place = str(Path(name).resolve()) if Path(name).is_dir() else name
     if Path(name).is_absolute() and not Path(name).is_dir():
-        raise InvalidSetting(f"There is no folder {name}. Name the network's folder with --model hf:FOLDER.")
+        raise InvalidSetting(f"There is no folder {name}. Name the network's folder with --model=hf:FOLDER.")
     options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     try:
         with quiet(), short_timeouts(place), torch.random.fork_rng(devices=[]):
             config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
             if getattr(config, "quantization_config", None) is not None:
-                raise ValueError("it is already quantized; name the float network. anybit verify loads what anybit exported")
+                raise ValueError("it is already quantized; name the float network. `anybit verify` loads what anybit exported")
             stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
             loader = _loader(config, task)
             if random:
                 config.dtype = torch.float32
                 return adapted(
                     cast(
-                        transformers.PreTrainedModel, randomly_initialized(lambda: _of_config(loader, config), f"--model hf:{name}").eval()
+                        transformers.PreTrainedModel, randomly_initialized(lambda: _of_config(loader, config), f"--model=hf:{name}").eval()
                     )
                 )
             torch.manual_seed(0)
             model, report = loader.from_pretrained(place, config=config, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         message = " ".join(str(error).split())
-        raise InvalidSetting(f"--model hf:{name} cannot be loaded: {message[:300]}{_offline(error)}") from error
+        raise InvalidSetting(f"--model=hf:{name} cannot be loaded: {message[:300]}{_offline(error)}") from error
     _check_whole(name, model, report["missing_keys"])
     if stored in HALF:
         tell("note", note=f"hf:{name} is stored in {stored}: computed in float32, and stored as such where it is kept float")
@@ -77,7 +77,7 @@ def _check_whole(name: str, model: transformers.PreTrainedModel, drawn: Iterable
         body = [key for key in sorted(drawn) if not key.startswith("pooler.")]
     if body:
         more = f" and {len(body) - 1} more" if len(body) > 1 else ""
-        raise InvalidSetting(f"--model hf:{name}: its files lack {body[0]}{more}, which its configuration requires. Complete the files.")
+        raise InvalidSetting(f"--model=hf:{name}: its files lack {body[0]}{more}, which its configuration requires. Complete the files.")
     if drawn:
         tell("note", note=f"hf:{name} has no {', '.join(sorted(drawn)[:2])}: it is random, to be trained or only for inspection")
 

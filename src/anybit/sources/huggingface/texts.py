@@ -92,7 +92,7 @@ def _questions(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding
 
 def _check_texts(rows: Sequence[Row], where: str) -> None:
     if "text" not in rows[0]:
-        raise InvalidInput(f"{where} has no column of texts. Name it: --columns text=NAME.")
+        raise InvalidInput(f"{where} has no column of texts. Name it: --columns='text=NAME'.")
 
 
 def _blocks(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: Encoding, workers: int) -> Samples:
@@ -117,7 +117,7 @@ def _pairs(model: PreTrainedModel, rows: Sequence[Row], where: str, encoding: En
         return replace(_translations(model, rows, where, encoding, workers), labelled=False)
     _check_texts(rows, where)
     if "label" in rows[0] and "pair" not in rows[0]:
-        raise InvalidInput(f"{where}: embeddings are scored on pairs of texts. Name the second one's column with --columns pair=NAME.")
+        raise InvalidInput(f"{where}: embeddings are scored on pairs of texts. Name the second one's column with --columns='pair=NAME'.")
     return _texts(model, rows, where, encoding, workers, _number, apart=True)
 
 
@@ -153,7 +153,7 @@ def _translations(model: PreTrainedModel, rows: Sequence[Row], where: str, encod
     _check_texts(rows, where)
     if "pair" not in rows[0]:
         raise InvalidInput(
-            f"{where}: {type(model).__name__} reads a text and decodes another. Name the second one's column with --columns pair=NAME."
+            f"{where}: {type(model).__name__} reads a text and decodes another. Name the second one's column with --columns='pair=NAME'."
         )
     start = next((one for one in (_start(model), encoding.tokenizer.pad_token_id) if one is not None), 0)
     return Samples(Translations(rows, encoding, where, start), True, workers, reader=reader_of(model))
@@ -184,7 +184,7 @@ def _encoding(model: PreTrainedModel, length: int | None, stride: int | None) ->
     tokenizer.padding_side = "right"  # places in a text are counted from its first token
     most = _length_of(model)
     if length is not None and not 2 <= length <= most:
-        raise InvalidSetting(f"--length {length}: the network accepts 2 to {most} tokens.")
+        raise InvalidSetting(f"--length={length}: the network accepts 2 to {most} tokens.")
     default = min(most, head_of(model).length or most)
     return Encoding(tokenizer, length or default, length is not None, 128 if stride is None else stride)
 
@@ -211,14 +211,14 @@ def _class_number(value: Any, model: PreTrainedModel, where: str) -> int:
         return int(float(value))
     except (TypeError, ValueError, OverflowError) as error:
         message = f"neither a class number nor one of the model's ({', '.join(map(str, names))})"
-        raise InvalidInput(f"{where}: the label {value!r} is {message}. Name another column with --columns label=NAME.") from error
+        raise InvalidInput(f"{where}: the label {value!r} is {message}. Name another column with --columns='label=NAME'.") from error
 
 
 def _number(value: Any, model: PreTrainedModel, where: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidInput(f"{where}: the label {value!r} is not a number. Name another column with --columns label=NAME.") from error
+        raise InvalidInput(f"{where}: the label {value!r} is not a number. Name another column with --columns='label=NAME'.") from error
 
 
 _sequence = partial(
@@ -275,7 +275,7 @@ def hub_rows(name: str, split: str, columns: Mapping[str, str | int]) -> list[Ro
         dataset = datasets.load_dataset(*name.split(":"), split=split or "train")
     except Exception as error:  # the library's readers may raise any error
         message = " ".join(str(error).split())
-        raise InvalidInput(f"--data hf:{name} cannot be loaded: {type(error).__name__}: {message[:300]}") from error
+        raise InvalidInput(f"--data=hf:{name} cannot be loaded: {type(error).__name__}: {message[:300]}") from error
     if len(dataset) == 0:
-        raise InvalidInput(f"--data hf:{name} holds no rows.")
+        raise InvalidInput(f"--data=hf:{name} holds no rows.")
     return with_roles([(number, dict(row)) for number, row in enumerate(dataset, 1)], columns, f"hf:{name}")
