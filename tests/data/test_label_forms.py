@@ -226,3 +226,83 @@ def test_a_metric_that_exits_is_named(classes):
         raise SystemExit("bye")
 
     assert "leaving failed" in refusal(lambda: anybit.evaluate(net(), (X, classes), leaving))
+
+
+@pytest.mark.parametrize("kind", [lambda *data: data, TensorDataset], ids=["arrays", "data set"])
+@pytest.mark.parametrize("task", [None, "segmentation"])
+def test_one_hot_masks_with_the_classes_last_are_class_maps(masks, kind, task):
+    expected = anybit.evaluate(pixels(), (IMAGES, masks))
+    assert anybit.evaluate(pixels(), kind(IMAGES, F.one_hot(masks, C)), task=task) == expected
+    assert anybit.evaluate(pixels(), kind(IMAGES, masks[..., None]), task=task) == expected
+
+
+class Rows(nn.Module):
+    """Scores of each of T places, [N, T, classes], or with the classes second."""
+
+    def __init__(self, classes, second):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.second = nn.Linear(2, classes), second
+
+    def forward(self, x):
+        scores = self.linear(x.view(len(x), 3, 2))
+        return scores.transpose(1, 2) if self.second else scores
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_one_hot_labels_of_places_may_have_the_classes_on_either_axis(second):
+    network = Rows(4, second).eval()
+    classes = network(X).argmax(1 if second else 2)
+    expected = anybit.evaluate(network, (X, classes))
+    for labels in (F.one_hot(classes, 4), F.one_hot(classes, 4).transpose(1, 2)):
+        assert anybit.evaluate(network, (X, labels)) == expected
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_square_outputs_need_a_named_task(second):
+    network = Rows(3, second).eval()
+    classes = network(X).argmax(1 if second else 2)
+    message = refusal(lambda: anybit.evaluate(network, (X, classes)))
+    assert "task='token-classification'" in message and "task='segmentation'" in message
+    scores = anybit.evaluate(network, (X, classes), task="segmentation" if second else "token-classification")
+    assert scores.get("top1", scores.get("pixel_accuracy")) == 100
+
+
+@pytest.mark.parametrize("task", [None, "regression", "multi-label"])
+def test_labels_in_another_order_than_the_outputs_are_refused(task):
+    for labels in (torch.rand(N, 4, 6, 3), torch.randint(0, 2, (N, 4, 6, 3), generator=DRAW).float()):
+        message = refusal(lambda labels=labels: anybit.evaluate(pixels(3), (IMAGES, labels), task=task))
+        assert "labels.movedim(-1, 1)" in message
+    assert "loss" in anybit.evaluate(pixels(3), (IMAGES, torch.rand(N, 3, 4, 6)))
+
+
+def test_masks_in_another_order_than_the_outputs_are_not_resized(masks):
+    assert "labels.movedim(1, -1)" in refusal(lambda: anybit.evaluate(pixels(), (IMAGES, masks.transpose(1, 2))))
+
+    class Last(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).movedim(1, -1)
+
+    assert "outputs.movedim(-1, 1)" in refusal(lambda: anybit.evaluate(Last(*pixels()).eval(), (IMAGES, masks)))
+    larger = masks.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert "mean_iou" in anybit.evaluate(pixels(), (IMAGES, larger))
+
+
+@pytest.mark.parametrize("ignored", [-100, 255])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_several_labels_may_be_ignored(ignored, dtype):
+    labels = (net()(X) > 0).to(dtype)
+    labels[::3, 1] = ignored
+    scores = anybit.evaluate(net(), (X, labels))
+    assert scores["f1"] == 100 and scores == anybit.evaluate(net(), (X, labels), task="multi-label")
+
+
+@pytest.mark.parametrize("unknown", [-1, -999])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_negative_number_beside_zeros_and_ones_is_a_question(unknown, dtype):
+    labels = (net()(X) > 0).to(dtype)
+    labels[::3, 1] = unknown
+    message = refusal(lambda: anybit.evaluate(net(), (X, labels)))
+    assert f"0, 1 and {unknown}" in message and "write -100" in message and "task='regression'" in message
+    assert "loss" in anybit.evaluate(net(), (X, labels), task="regression")
+    assert "f1" in anybit.evaluate(net(), (X, torch.where(labels == unknown, -100, labels)))

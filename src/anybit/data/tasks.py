@@ -180,6 +180,15 @@ def _is_one_row(outputs: Tensor) -> bool:
     return outputs.dim() > 2 and outputs.shape[1:].numel() == max(outputs.shape[1:]) > 1
 
 
+def _one_for_each(outputs: Tensor, labels: Tensor) -> bool:
+    """Return whether there is a label for each output, in the same order: shapes are equal up to dimensions of size 1."""
+    return _shape_without_ones(outputs) == _shape_without_ones(labels)
+
+
+def _shape_without_ones(tensor: Tensor) -> list[int]:
+    return [len(tensor), *(size for size in tensor.shape[1:] if size > 1)]
+
+
 class Regression(Task):
     """Values [N, ...]: loss (mean squared error)."""
 
@@ -188,7 +197,7 @@ class Regression(Task):
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         if labels.dim() == 1 and not labels.is_floating_point() and _is_one_row(outputs):
             raise InvalidInput(_not_rows_of_scores(outputs))
-        if outputs.numel() != labels.numel():
+        if not _one_for_each(outputs, labels):
             raise InvalidInput(
                 f"Labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}, each with one label. "
                 f"{_other_tasks(outputs, labels)}"
@@ -227,7 +236,7 @@ class MultiLabel(Task):
 
     def check(self, outputs: Tensor, labels: Tensor) -> None:
         scored = labels[_is_scored(labels)]
-        if outputs.numel() != labels.numel() or not ((scored == 0) | (scored == 1)).all():
+        if not _one_for_each(outputs, labels) or not ((scored == 0) | (scored == 1)).all():
             raise InvalidInput(
                 f"Several labels per sample are zeros and ones {list(outputs.shape)}, one per output; these are {labels.dtype} of shape "
                 f"{tuple(labels.shape)} from {labels.min():g} to {labels.max():g}. {_other_tasks(outputs, labels)}"
@@ -269,6 +278,7 @@ class Segmentation(Task):
                 f"{tuple(labels.shape)}, and the outputs have shape {tuple(outputs.shape)}. {_other_tasks(outputs, labels)}"
             )
         masks, classes = _as_masks(labels, outputs), outputs.shape[1]
+        _check_axes(outputs, masks)
         masks = masks[_is_scored(masks, classes)]
         if not len(masks):
             raise InvalidInput(f"Every label is {IGNORED} or {VOID}, so there is nothing to score. Give labels for some places.")
@@ -313,8 +323,34 @@ def _is_scored(masks: Tensor, classes: int = 2) -> Tensor:
 
 
 def _as_masks(labels: Tensor, outputs: Tensor) -> Tensor:
-    """Return labels as [N, H, W], without a channel dimension."""
-    return labels[:, 0] if labels.dim() == outputs.dim() and labels.shape[1] == 1 else labels
+    """Return labels as [N, H, W], without a channel dimension, which may be the last."""
+    if labels.dim() != outputs.dim():
+        return labels
+    last = labels.shape[-1] == 1 and labels.shape[1:-1] == outputs.shape[2:]
+    return labels[..., 0] if last else labels[:, 0] if labels.shape[1] == 1 else labels
+
+
+def _are_places(outputs: Tensor, masks: Tensor) -> bool:
+    """Return whether masks have the outputs' sizes, perhaps in another order, which `_check_axes` names."""
+    own, places = list(masks.shape[1:]), list(outputs.shape[2:])
+    return own == places or (outputs.dim() > 3 and own in (places[::-1], list(outputs.shape[1:-1])))
+
+
+def _check_axes(outputs: Tensor, masks: Tensor) -> None:
+    """Raise InvalidInput if masks have the outputs' sizes in another order, so that resizing would hide it."""
+    places, own = list(outputs.shape[2:]), list(masks.shape[1:])
+    if own == places:
+        return
+    if own == list(outputs.shape[1:-1]):
+        raise InvalidInput(
+            f"Labels {list(masks.shape)} belong to outputs with the classes last, {list(outputs.shape)}, and segmentation reads "
+            "[N, classes, H, W]. Let the network return outputs.movedim(-1, 1)."
+        )
+    if own == places[::-1]:
+        raise InvalidInput(
+            f"Labels {list(masks.shape)} have height and width in another order than the outputs, {list(outputs.shape)}. Give "
+            "labels.movedim(1, -1)."
+        )
 
 
 class Embedding(Task):
@@ -384,11 +420,21 @@ def _other_tasks(outputs: Tensor, labels: Tensor) -> str:
         "classification": whole and labels.dim() == 1 and outputs.dim() == 2 and outputs.shape[1] > 1,
         "segmentation": whole and outputs.dim() > 2 and _as_masks(labels, outputs).shape == (len(outputs), *outputs.shape[2:]),
         "token-classification": whole and outputs.dim() == 3 and labels.shape == outputs.shape[:2],
-        "multi-label": labels.numel() == outputs.numel() and bool(((labels == 0) | (labels == 1)).all()),
-        "regression": labels.numel() == outputs.numel(),
+        "multi-label": _one_for_each(outputs, labels) and bool(((labels == 0) | (labels == 1)).all()),
+        "regression": _one_for_each(outputs, labels),
     }
     names = ", ".join(name for name, fits in fitting.items() if fits)
+    if not names and labels.numel() == outputs.numel() and len(labels) == len(outputs):
+        return f"Give them in the outputs' order, {list(outputs.shape)}{_moved(outputs, labels)}."
     return f"Name their --task ({names}), or score them with --metric." if names else "Give others, or score these with --metric."
+
+
+def _moved(outputs: Tensor, labels: Tensor) -> str:
+    """Write the call that gives the labels the outputs' shape, after a colon; "" if there is none."""
+    for source, target in ((-1, 1), (1, -1)):
+        if labels.dim() > 2 and labels.movedim(source, target).shape == outputs.shape:
+            return f": labels.movedim({source}, {target})"
+    return ": labels.reshape(outputs.shape), if they are flattened" if labels.dim() == 2 else ""
 
 
 # Outputs
@@ -455,9 +501,9 @@ def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
     if labels.is_complex():
         return None
     whole = not labels.is_floating_point()
-    scored = labels[_is_scored(labels) if outputs.dim() > 2 else labels != IGNORED]
+    scored = labels[_is_scored(labels)]
     several = len(scored.unique()) == 2 or 0 < len(scored) < labels.numel()  # one value alone may be any number
-    ones = labels.numel() == outputs.numel() and several and bool(((scored == 0) | (scored == 1)).all())
+    ones = _one_for_each(outputs, labels) and several and bool(((scored == 0) | (scored == 1)).all())
     likely = {
         "classification": whole and labels.dim() == 1 and outputs.dim() == 2 and outputs.shape[1] > 1,
         "token-classification": whole and outputs.dim() == 3 and labels.shape == outputs.shape[:2] and labels.dim() == 2,
@@ -479,8 +525,8 @@ def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
             return Guess(name, f"{shapes}, {reasons[name]}")
     of_form = {
         "token-classification": likely["token-classification"],
-        "segmentation": likely["segmentation"] and _as_masks(labels, outputs).shape == (len(outputs), *outputs.shape[2:]),
-        "multi-label": whole and outputs.dim() > 2 and labels.numel() == outputs.numel() > 0 and not len(scored),
+        "segmentation": likely["segmentation"] and _are_places(outputs, _as_masks(labels, outputs)),
+        "multi-label": whole and outputs.dim() > 2 and _one_for_each(outputs, labels) and not len(scored),
     }
     return next((Guess(name, f"{shapes}, {reasons[name]}") for name, fits in of_form.items() if fits), None)  # whose values are wrong
 
@@ -538,14 +584,39 @@ def task_of(
     labels, classes = None if labelled is None else labelled.labels, getattr(model, "num_classes", None)
     guess = Guess(task) if task else guess_task(outputs if labelled is None else labelled.outputs, reader, labels, classes)
     if guess.reason:
-        if guess.task == MultiLabel.name and labels is not None:
-            _check_foreground(labels)
+        if labels is not None:
+            _check_unambiguous(guess.task, labelled.outputs if labelled else outputs, labels, reader)
         tell("note", note=f"task {guess.task}: {guess.reason}. --task overrides this ({', '.join(TASKS)})")
     one = TASKS[guess.task]
     judged = reader.split(outputs)[0] if isinstance(reader, OutputReader) else outputs
     if guess.task == "classification" and _is_one_row(judged):
         raise InvalidSetting(_not_rows_of_scores(judged))
     return SeveralOutputs(one, reader) if isinstance(reader, OutputReader) and len(reader.outputs) > 1 else one
+
+
+def _check_unambiguous(task: str, outputs: Tensor, labels: Tensor, reader: Reader | None) -> None:
+    """Raise InvalidInput if labels can be read in two ways, which give other scores."""
+    outputs = reader.split(outputs)[0] if isinstance(reader, OutputReader) else outputs
+    if task == MultiLabel.name:
+        _check_foreground(labels)
+    if task == TokenClassification.name and outputs.dim() == 3 and outputs.shape[1] == outputs.shape[2]:
+        shape = list(outputs.shape)
+        raise InvalidInput(
+            f"Outputs {shape} with labels {list(labels.shape)} may have the classes last or second. Say which: "
+            f"--task={TokenClassification.name} for [N, T, classes], --task={Segmentation.name} for [N, classes, T]."
+        )
+    if not labels.is_complex() and _one_for_each(outputs, labels):
+        _check_negative(labels)
+
+
+def _check_negative(labels: Tensor) -> None:
+    """Raise InvalidInput if labels are 0, 1 and one negative number, which may mark labels that are not known."""
+    values = labels[_is_scored(labels)].unique().tolist()
+    if len(values) == 3 and values[1:] == [0, 1]:
+        raise InvalidInput(
+            f"The labels are 0, 1 and {values[0]:g}. Say what {values[0]:g} means: write {IGNORED} if it marks labels that are not known, "
+            f"or name the --task={Regression.name} if it is a number."
+        )
 
 
 def _check_foreground(labels: Tensor) -> None:

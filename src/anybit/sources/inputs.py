@@ -363,15 +363,21 @@ def with_class_numbers(model: nn.Module, samples: Samples, task: str | None, one
 
 
 def _one_hot_dimension(labels: Sequence[torch.Tensor], outputs: torch.Tensor, task: str | None) -> int | None:
-    """Return the dimension along which all these labels are one-hot, if the outputs have scores of as many classes along it; else None."""
-    dimension = {"segmentation": 1, "token-classification": outputs.dim() - 1}.get(task or "", 1)
+    """Return the dimension along which all these labels are one-hot, if the outputs have scores of as many classes; else None. Labels may
+    have the classes last where the outputs have them second, or second where they have them last."""
+    last = outputs.dim() - 1
+    by_task = {"segmentation": (1,), "token-classification": (last,)}
+    axes = by_task.get(task or "", (2, 1) if outputs.dim() == 3 and task is None else (1,))
     least = 3 if task == "token-classification" else 2
-    if outputs.dim() == 3 and task is None:
-        dimension = 2 if all(one.dim() == 3 and are_one_hot(one, 2) for one in labels) else 1
-    if outputs.dim() < least or any(one.dim() != outputs.dim() or one.is_complex() for one in labels) or outputs.shape[dimension] < 2:
+    if outputs.dim() < least or any(one.dim() != outputs.dim() or one.is_complex() for one in labels):
         return None
-    fits = all(one.shape[dimension] == outputs.shape[dimension] and are_one_hot(one, dimension) for one in labels)
-    return dimension if fits else None
+    own = [(axis, axis) for axis in axes]
+    moved = [(axis, last if axis == 1 else 1) for axis in axes if outputs.dim() > 2]
+    for axis, dimension in own + moved:
+        classes = outputs.shape[axis]
+        if classes > 1 and all(one.shape[dimension] == classes and are_one_hot(one, dimension) for one in labels):
+            return dimension
+    return None
 
 
 def _rows_are_one_hot(samples: Samples) -> bool:
