@@ -580,7 +580,9 @@ def test_exports_unusual_graphs(function, layers, shape, tables, precision, tmp_
 
 def test_layers_of_any_name_are_exported(tmp_path):
     names = ["in", "class", "a b", "a'b", 'a"b', "a\nb", "a\\b", "a/b", "\u202eab", "0"]
-    canonical, batch = odd(lambda s, x: [x := F.relu(s._modules[name](x)) for name in names][-1], (6,), **{n: nn.Linear(6, 6) for n in names})
+    canonical, batch = odd(
+        lambda s, x: [x := F.relu(s._modules[name](x)) for name in names][-1], (6,), **{n: nn.Linear(6, 6) for n in names}
+    )
     graphs = exported(canonical, batch)
     assert not verdict_of(canonical, graphs, batch, tmp_path).failures and set(graphs.plan.integer) == set(names)
 

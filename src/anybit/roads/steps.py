@@ -243,8 +243,9 @@ def chance_in_words(outputs: Tensor, labels: Tensor, task: Task, where: str) -> 
     if frequent == 1 or right > frequent + 2 * math.sqrt(frequent * (1 - frequent) / len(labels)):
         return ""
     return (
-        f"the float network's top-1 accuracy on the {where} is {100 * right:.1f} %, which {len(labels)} samples do not distinguish from "
-        f"always naming the most frequent class ({100 * frequent:.1f} %): its weights may not be loaded (--weights=FILE), or the labels numbered otherwise than its outputs"
+        f"the float network's top-1 accuracy on the {where} is {100 * right:.1f} %, which {len(labels)} samples do not distinguish "
+        f"from always naming the most frequent class ({100 * frequent:.1f} %): its weights may not be loaded (--weights=FILE), or the "
+        "labels numbered otherwise than its outputs"
     )
 
 
