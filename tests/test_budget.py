@@ -201,11 +201,10 @@ def test_infeasible_limit_error_names_the_minimum(quantity, network):
         allocate(make_problem(choices, plain_table(choices), network, budget))
     needed = re.search(r"raise the budget to (.*)\.$", str(refusal.value))[1]
     enough = Budget.parse(needed)
-    assert enough.conditions[0].quantity == quantity.counted.name
+    assert enough.conditions[0].quantity == quantity.name
     allocation = allocate(make_problem(choices, plain_table(choices), network, enough))
-    counted = quantity.counted
-    rounded = counted.units[counted.unit] / 10**counted.digits * counted.scale(network)
-    slack = rounded + (HEADER_SLACK if counted.name == "bytes" else 0)
+    rounded = quantity.units[quantity.unit] / 10**quantity.digits * quantity.scale(network)
+    slack = rounded + (HEADER_SLACK if quantity.counted.name == "bytes" else 0)
     assert quantity.total(network, allocation.scheme) <= (1 + 1e-9) * least + slack / quantity.scale(network)
 
 

@@ -219,7 +219,7 @@ def test_a_message_quotes_the_bounds_that_hold_and_the_type_that_is_wrong():
         anybit.calibrate(None, None, "4bit", samples=0)
     with pytest.raises(InvalidSetting, match=r"^weight_bits '4' must be a whole number, 2\.\.8\."):
         CalibrateSettings(weight_bits=(2, "4"))  # type: ignore[arg-type]
-    with pytest.raises(InvalidSetting, match=r"^outputs 0.0 must be a finite number, above 0"):
+    with pytest.raises(InvalidSetting, match=r"^outputs of 'a.b': 0.0 must be a finite number, above 0"):
         CalibrateSettings(outputs={"a.b": 0.0})
     with pytest.raises(InvalidSetting, match=r"^std 0.0 must be a finite number, from 1e-06"):
         Preprocessing(std=(0.0,))

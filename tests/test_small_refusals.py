@@ -1,6 +1,7 @@
 """Values that are refused by name with a remedy that is true."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import anybit
+from anybit.budget import Budget
 from anybit.data.batches import Batch
 from anybit.data.options import parse_outputs
 from anybit.data.outputs import output_reader
 from anybit.data.texts import read_rows
-from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
+from anybit.errors import InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.wiring import observe
 from anybit.roads.settings import CalibrateSettings
 from anybit.runs.folder import check_free
@@ -193,7 +195,7 @@ def test_integers_for_a_float_network_are_named(layer, dtype):
     [
         ((X, torch.zeros(7)), "8 inputs and 7 labels. Give as many of each."),
         ((X, torch.zeros(8), torch.zeros(3)), "3 rows in element 2"),
-        ((X.numpy(), np.arange(8).astype("datetime64[D]")), "labels holds dates"),
+        ((X.numpy(), np.arange(8).astype("datetime64[D]")), "labels hold dates"),
         ((X.double() * 1e300, torch.zeros(8).long()), "beyond float32's 3.4e38"),
         ([None, None], "None"),
     ],
@@ -243,3 +245,77 @@ def test_names_of_outputs_may_hold_equals_signs(text, weight):
 def test_outputs_that_change_their_order_are_refused():
     with pytest.raises(UnsupportedModel, match=r"outputs are .* in one pass and .* in the next"):
         anybit.inspect(Named(flips=True), X, export=False)
+
+
+# Suggestions and units
+
+
+GROWING = ["grow", "--model", "m.py:net", "--train", "x.npz", "--output", "run"]
+CALIBRATING = ["calibrate", "--model", "m.py:net", "--data", "x.npz", "--output", "run"]
+
+
+@pytest.mark.parametrize("budget", ["bop=2G", "bops2G", "bops=2,1G", "latency3ms", "2G", "los=0.1", "many"])
+@pytest.mark.parametrize(
+    ("line", "other"),
+    [(GROWING, ("bops", "latency", "loss", "drop")), (["search", "train"], ("loss", "drop"))],
+    ids=["grow", "search"],
+)
+def test_a_suggested_budget_is_one_that_the_verb_takes(here, line, other, budget):
+    Path("train").mkdir()
+    Path("train/supernet.json").write_text("{}")
+    more = [] if line[0] == "grow" else ["--output", "found"]
+    done = anybit_cli(*line, "--budget", budget, *more)
+    advice = done.stderr.partition("cannot be read.")[2]
+    assert done.exit_code == 2 and advice and not any(name in advice for name in other), done.stderr
+
+
+def test_grow_suggests_its_own_budgets_in_python():
+    for budget in ("bop=2G", 4):
+        with pytest.raises(InvalidSetting) as refused:
+            anybit.grow(NET, (X, torch.arange(8) % 2), budget)
+        assert "bops" not in str(refused.value).partition("Write")[2] and "4bit" in str(refused.value)
+
+
+def test_an_unrelated_file_of_the_same_suffix_is_not_suggested(here):
+    for name in ("pyproject.toml", "mine.toml", "settings.json"):
+        Path(name).write_text("")
+    for missing, meant in {"none.toml": "", "nope.toml": "", "min.toml": "mine.toml", "mine.tml": "mine.toml"}.items():
+        with pytest.raises(InvalidFile) as refused:
+            check_file(missing)
+        assert str(refused.value).partition("is not there.")[2].strip() == (f"Did you mean {meant}?" if meant else "")
+
+
+@pytest.mark.parametrize("bits", ["float", "4,float"])
+def test_float_weights_are_refused_by_what_keeps_them(here, bits):
+    done = anybit_cli(*CALIBRATING, "--weight-bits", bits)
+    assert done.exit_code == 2 and "--keep 'LAYER=float'" in done.stderr and "None" not in done.stderr
+
+
+def test_the_output_whose_weight_is_out_of_range_is_named(here):
+    done = anybit_cli(*CALIBRATING, "--outputs", "boxes=1", "--outputs", "scores=0")
+    assert done.exit_code == 2 and "--outputs of 'scores': 0.0" in done.stderr
+    with pytest.raises(InvalidSetting, match="outputs of 'scores': -1"):
+        anybit.calibrate(NET, X, "4bit", outputs={"boxes": 1.0, "scores": -1})
+
+
+@pytest.mark.parametrize("kind", ["M8[D]", "m8[s]", "U3", "S3"])
+def test_arrays_that_hold_no_numbers_are_named_grammatically(kind):
+    with pytest.raises(InvalidInput, match=r"The data: labels hold "):
+        anybit.evaluate(NET, (X.numpy(), np.zeros(8, kind)))
+    with pytest.raises(InvalidInput, match=r"The data: inputs hold "):
+        anybit.evaluate(NET, (np.zeros((8, 4), kind), np.zeros(8, int)))
+
+
+@pytest.mark.parametrize("budget", ["bops=10", "bops=20k", "bops=0.0001M", "1B", "0.5kB", "0.2%", "1bit"])
+def test_a_budget_and_the_least_possible_are_in_one_unit(budget):
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    network(torch.zeros(1, 3, 12, 12))
+    with pytest.raises(InfeasibleBudget) as refused:
+        anybit.calibrate(network, torch.randn(8, 3, 12, 12), budget, weight_bits=(2, 4), activation_bits=(8,), cache=False)
+    found = re.search(r"needs (\S+), more than the budget of (\S+) .*raise the budget to (\S+)\.$", str(refused.value))
+    assert found, str(refused.value)
+    needed, limit, advised = found.groups()
+    units = {re.sub(r"[\d.]", "", text) for text in (needed, limit)}
+    assert len(units) == 1 and advised == needed
+    assert Budget.parse(limit).conditions[0].limit == pytest.approx(Budget.parse(budget).conditions[0].limit, rel=1e-9)
+    assert Budget.parse(advised).conditions[0].limit > Budget.parse(limit).conditions[0].limit

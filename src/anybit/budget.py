@@ -7,6 +7,7 @@ it for a scheme. All code that reads, meets, checks or reports a budget looks th
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
 from typing import Any, Literal, Protocol
@@ -65,15 +66,27 @@ class Quantity:
         # In decimal arithmetic: in binary, 8444.8 times a million is a little less than 8,444,800,000.
         return float(Decimal(match[1]) * Decimal(str(self.units[match[2]]))) if match else None
 
-    def text(self, limit: float) -> str:
-        """Write a limit in the grammar of `parse`, rounded up."""
+    def text(self, limit: float, unit: str | None = None) -> str:
+        """Write a limit in the grammar of `parse`, in `unit` or the one that suits it, rounded up."""
+        unit = self.unit_for(limit) if unit is None else unit
+        return f"{self.prefix}{self._steps(limit, unit).scaleb(-self.digits).normalize():f}{unit}"
+
+    def exact_text(self, limit: float) -> str:
+        """Write a limit in the grammar of `parse`, in the unit that suits it, without rounding."""
+        unit = self.unit_for(limit)
+        return f"{self.prefix}{self._in(limit, unit).normalize():f}{unit}"
+
+    def unit_for(self, limit: float) -> str:
+        """Return the unit in which a limit does not round to a single step, or the smallest."""
         smaller = sorted((unit for unit in self.units if self.units[unit] < self.units[self.unit]), key=self.units.__getitem__)
-        for unit in (self.unit, *reversed(smaller)):
-            number = Decimal(repr(float(limit))) / Decimal(str(self.units[unit]))
-            steps = (number * 10**self.digits).to_integral_value(ROUND_CEILING)
-            if steps > 1:
-                break
-        return f"{self.prefix}{steps.scaleb(-self.digits).normalize():f}{unit}"
+        units = (self.unit, *reversed(smaller))
+        return next((unit for unit in units if self._steps(limit, unit) > 1), units[-1])
+
+    def _steps(self, limit: float, unit: str) -> Decimal:
+        return (self._in(limit, unit) * 10**self.digits).to_integral_value(ROUND_CEILING)
+
+    def _in(self, limit: float, unit: str) -> Decimal:
+        return Decimal(repr(float(limit))) / Decimal(str(self.units[unit]))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -258,16 +271,21 @@ class Budget:
     conditions: tuple[Condition, ...]
 
     @classmethod
-    def parse(cls, text: "str | Budget") -> "Budget":
-        """Read a budget: "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ... Raises InvalidSetting if it cannot be read."""
-        if isinstance(text, Budget):
-            return text
+    def parse(cls, text: "str | Budget", check: "Callable[[Budget], None]" = lambda budget: None) -> "Budget":
+        """Read a budget that `check` accepts: "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ... Raises InvalidSetting if it cannot
+        be read, or is not accepted; suggestions are accepted."""
+        budget = text if isinstance(text, Budget) else cls._read(text, _accepted(check))
+        check(budget)
+        return budget
+
+    @classmethod
+    def _read(cls, text: str, accepted: "Sequence[Quantity]") -> "Budget":
         if not isinstance(text, str):
             near = f' Write "{text:g}bit" for bits per weight.' if isinstance(text, (int, float)) else ""
-            raise InvalidSetting(f"Budget {text!r} is not a text with a unit.{near or f' Write {_examples()}.'}")
+            raise InvalidSetting(f"Budget {text!r} is not a text with a unit.{near or f' Write {_examples(accepted)}.'}")
         text = text.strip()
-        _check_decimal_point(text)
-        conditions = tuple(_parse_condition(part.strip()) for part in text.split(","))
+        _check_decimal_point(text, accepted)
+        conditions = tuple(_parse_condition(part.strip(), accepted) for part in text.split(","))
         quantities = [condition.quantity for condition in conditions]
         if len(set(quantities)) < len(quantities):
             raise InvalidSetting(f"Budget {text!r} limits one quantity twice. Keep the smaller limit.")
@@ -296,9 +314,7 @@ class Budget:
 
 def parse_budgets(budgets: "Iterable[str | Budget]", check: "Callable[[Budget], None]" = lambda budget: None) -> "tuple[Budget, ...]":
     """Read several budgets, each accepted by `check`. Raises InvalidSetting if one is named twice."""
-    parsed = tuple(Budget.parse(one) for one in budgets)
-    for one in parsed:
-        check(one)
+    parsed = tuple(Budget.parse(one, check) for one in budgets)
     first: dict[frozenset[Condition], Budget] = {}
     for one in parsed:
         other = first.setdefault(frozenset(one.conditions), one)
@@ -308,7 +324,17 @@ def parse_budgets(budgets: "Iterable[str | Budget]", check: "Callable[[Budget], 
     return parsed
 
 
-def _parse_condition(part: str) -> Condition:
+def _accepted(check: "Callable[[Budget], None]") -> "list[Quantity]":
+    """Return the quantities of which `check` accepts a budget."""
+    accepted = []
+    for one in QUANTITIES.values():
+        with suppress(InvalidSetting):
+            check(Budget(one.examples[0], (Condition(one.name, 1.0),)))
+            accepted.append(one)
+    return accepted
+
+
+def _parse_condition(part: str, accepted: "Sequence[Quantity]") -> Condition:
     for quantity in QUANTITIES.values():
         limit = quantity.parse(part)
         if limit is not None:
@@ -317,20 +343,22 @@ def _parse_condition(part: str) -> Condition:
             if limit > quantity.largest:
                 raise InvalidSetting(f"Budget {part!r} must be at most {quantity.text(quantity.largest)}.")
             return Condition(quantity.name, limit)
-    raise InvalidSetting(f"Budget {part!r} cannot be read.{_meant(part)} Write {_examples()}; join conditions with a comma.")
+    raise InvalidSetting(
+        f"Budget {part!r} cannot be read.{_meant(part, accepted)} Write {_examples(accepted)}; join conditions with a comma."
+    )
 
 
-def _examples() -> str:
-    *examples, last = (example for quantity in QUANTITIES.values() for example in quantity.examples)
+def _examples(accepted: "Sequence[Quantity]") -> str:
+    *examples, last = (example for quantity in accepted for example in quantity.examples)
     return f"{', '.join(examples)} or {last}"
 
 
-def _meant(part: str) -> str:
+def _meant(part: str, accepted: "Sequence[Quantity]") -> str:
     """Return a question with the nearest valid budget; "" if none is near."""
     match = re.fullmatch(rf"\s*(\D*?)\s*{_NUMBER}\s*(\D*)", part)
     if match is None:
         return ""
-    limits = {f"{one.prefix}{match[2]}{unit}": one for one in QUANTITIES.values() for unit in one.units}
+    limits = {f"{one.prefix}{match[2]}{unit}": one for one in accepted for unit in one.units}
     text = f"{match[1]}{match[2]}{match[3] or 'bit'}"
     near = [one for one in limits if one.casefold() == text.casefold()] or difflib.get_close_matches(text, sorted(limits), n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near and _is_sensible(limits[near[0]], near[0]) else ""
@@ -341,16 +369,18 @@ def _is_sensible(quantity: Quantity, text: str) -> bool:
     return 0 < (quantity.parse(text) or 0) <= {BITS.name: FLOAT_BITS, PERCENT.name: 100.0}.get(quantity.name, quantity.largest)
 
 
-def _check_decimal_point(text: str) -> None:
+def _check_decimal_point(text: str, accepted: "Sequence[Quantity]") -> None:
     """Raise InvalidSetting for a number with a decimal comma, whose parts are not budgets."""
     pointed = re.sub(r"([0-9]),([0-9])", r"\1.\2", text)
-    if _are_valid(pointed) and not _are_valid(text):
-        raise InvalidSetting(f"Budget {text!r} cannot be read. Did you mean {pointed}? Write {_examples()}; join conditions with a comma.")
+    if _are_valid(pointed, accepted) and not _are_valid(text, accepted):
+        raise InvalidSetting(
+            f"Budget {text!r} cannot be read. Did you mean {pointed}? Write {_examples(accepted)}; join conditions with a comma."
+        )
 
 
-def _are_valid(text: str) -> bool:
-    """Return whether all conditions can be read."""
-    return all(any(one.parse(part.strip()) for one in QUANTITIES.values()) for part in text.split(","))
+def _are_valid(text: str, accepted: "Sequence[Quantity]") -> bool:
+    """Return whether all conditions can be read as `accepted` quantities."""
+    return all(any(one.parse(part.strip()) for one in accepted) for part in text.split(","))
 
 
 def check_counts_weights(budget: Budget) -> None:
@@ -413,8 +443,6 @@ def budget_text(check: Callable[[Budget], None]) -> Text:
     """Return the text of budgets that `check` accepts."""
 
     def parse(text: str) -> str:
-        budget = Budget.parse(text)
-        check(budget)
-        return str(budget)
+        return str(Budget.parse(text, check))
 
     return Text(parse, str, "3bit, 80kB or 12.5%")

@@ -165,6 +165,16 @@ def bits_text(bits: Iterable[int | None]) -> str:
 
 PRECISION = Text(Precision.parse)
 KEEP = Text(parse_keep, lambda keep: [f"{pattern}={precision}" for pattern, precision in keep.items()] or None)
+
+
+def parse_weight_bits(text: str) -> tuple[int, ...]:
+    """Parse "4,8" into bit-widths."""
+    if "float" in text.split(","):
+        raise InvalidSetting("float is not a bit-width of weights. Name 2 to 8, and keep layers float with --keep 'LAYER=float'.")
+    return tuple(int(part) for part in text.split(","))
+
+
+WEIGHT_BITS = Text(parse_weight_bits, bits_text, "bit-widths with commas: 2,3,4,6,8")
 BITS = Text(parse_bits, bits_text, "bit-widths with commas: 2,3,4,6,8")
 
 

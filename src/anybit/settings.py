@@ -190,7 +190,7 @@ class Option:
         if origin in (tuple, list) and (items := _items(value)) is not None:
             return tuple(self._typed(inner[0], one) for one in items)
         if origin is Mapping and isinstance(value, Mapping):
-            return {self._key(inner[0], key): self._typed(inner[1], one) for key, one in value.items()}
+            return {self._key(inner[0], key): self._typed_of(key, inner[1], one) for key, one in value.items()}
         if kind in (int, float):
             return self._in_range(kind, _scalar(value))
         if kind is str and isinstance(value, str) and self.choices and value not in self.choices:
@@ -202,6 +202,13 @@ class Option:
         if isinstance(value, str) and hasattr(kind, "parse"):  # as in JSON
             return kind.parse(value)
         raise ValueError(self._refusal(kind, value))
+
+    def _typed_of(self, key: Any, kind: Any, value: Any) -> Any:
+        """Return a value of a mapping as `kind`. Raises ValueError naming its key."""
+        try:
+            return self._typed(kind, value)
+        except ValueError as error:
+            raise ValueError(f"of {_shown(key)}: {error}") from error
 
     def _in_range(self, kind: Any, value: Any) -> Any:
         if not isinstance(value, Integral if kind is int else Real) or isinstance(value, bool):

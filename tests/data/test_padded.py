@@ -109,7 +109,7 @@ def late():
 
 def test_a_later_sample_that_the_network_refuses_is_named():
     labelled = (late(), torch.zeros(40, dtype=torch.int64))
-    with pytest.raises(anybit.InvalidInput, match=r"sample 3 of batch 3 of the data \(int64 \[1, 3\] from 99 to 99\): IndexError"):
+    with pytest.raises(anybit.InvalidInput, match=r"sample 33 of the data \(int64 \[1, 3\] from 99 to 99\): IndexError"):
         anybit.evaluate(Unmasked(), labelled, batch_size=10)
     with pytest.raises(anybit.InvalidInput, match=r"sample \d+ of .*from 99 to 99.*IndexError"):
         anybit.calibrate(Unmasked(), late(), "4bit", **QUICK | {"samples": 40})

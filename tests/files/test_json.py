@@ -3,11 +3,13 @@
 import ast
 import json
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from commands import FAST, anybit_cli
+from commands import FAST, anybit_cli, write_inputs
 from torch import nn
 
 import anybit
@@ -26,6 +28,12 @@ class Scaled(torch.nn.Module):
 def nan(): return Scaled(float("nan"))
 def infinite(): return Scaled(float("inf"))
 def late(): return Late(1.0)
+def above():
+    torch.manual_seed(0)
+    return Above(1.0)
+class Above(Scaled):
+    def forward(self, x):
+        return torch.where(x.amax((1, 2, 3))[:, None] > 50, torch.nan, super().forward(x))
 class Late(Scaled):
     def forward(self, x):
         y = super().forward(x)
@@ -42,6 +50,80 @@ def test_network_without_finite_outputs_is_refused_by_every_verb(network, verb, 
     output = [] if verb in ("inspect", "evaluate") else ["--output", "run"]
     done = anybit_cli(verb, "--model", f"n.py:{network}", data, "x.npz", *more, *output, "--json")
     assert done.exit_code == 2 and "outputs are NaN or infinite" in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run, its supernet and its exported file, of a network whose outputs are NaN for inputs above 50."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_inputs()
+        Path("n.py").write_text(NET)
+        net = ["--model", "n.py:above"]
+        for line in (
+            ["calibrate", *net, "--data", "x.npz", "--budget", "6bit", *FAST, "--output", "run"],
+            ["train", *net, "--train", "x.npz", "--output", "super", "--epochs", "1", "--bits", "4,8", "--held-out", "0.5"],
+            ["export", "run", "--onnx", "run.onnx", "--no-cache"],
+        ):
+            done = anybit_cli(*line, "--quiet")
+            assert done.exit_code == 0, done.stderr
+    return folder
+
+
+VERBS = {
+    "inspect": ["--no-cache"],
+    "calibrate": ["--budget", "6bit", *FAST, "--output", "o"],
+    "grow": ["--budget", "6bit", "--output", "o"],
+    "train": ["--output", "o"],
+    "evaluate": ["run"],
+    "allocate": ["run", "--budget", "5bit", "--output", "o"],
+    "search": ["super", "--output", "o"],
+    "extract": ["super", "--budget", "6bit", "--output", "o"],
+    "export": ["run", "--onnx", "o.onnx", "--no-cache"],
+    "verify": ["run", "run.onnx", "--no-cache"],
+    "bench": ["run", "--no-cache"],
+    "profile": ["--no-cache"],
+}
+
+
+DRAWING = ("calibrate", "grow", "train", "allocate", "search", "extract")
+"""Verbs that draw the samples that they read."""
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 100.0])
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_refuses_inputs_and_outputs_that_are_not_finite_in_the_same_words(run, verb, value, monkeypatch):
+    """A sample is named by its number in the data, whatever order it is drawn in."""
+    monkeypatch.chdir(run)
+    arrays = dict(np.load("x.npz"))
+    arrays["x"][1, 0, 0, 0] = value
+    np.savez("bad.npz", **arrays)
+    if verb in DRAWING:
+        arrays["x"][:, 0, 0, 0] = value
+        np.savez("bad.npz", **arrays)
+    done = anybit_cli(
+        verb, *VERBS[verb], "--model", "n.py:above", "--train" if verb in ("grow", "train") else "--data", "bad.npz", "--json"
+    )
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+    which = (
+        r"[Ss]ample 1 of the data"
+        if verb in ("inspect", "evaluate", "export", "verify", "bench", "profile")
+        else r"[Ss]ample \d+ of the data"
+    )
+    assert re.search(which, done.stderr), done.stderr
+    assert ("outputs are NaN or infinite" if value == 100 else "holds NaN or infinity") in done.stderr
+    assert not Path("o").exists() and not Path("o.onnx").exists()
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "grow"])
+def test_a_sample_is_named_by_its_number_in_the_data(run, verb, monkeypatch):
+    monkeypatch.chdir(run)
+    arrays = dict(np.load("x.npz"))
+    arrays["x"][17, 0, 0, 0] = math.nan
+    np.savez("bad.npz", **arrays)
+    done = anybit_cli(verb, *VERBS[verb], "--model", "n.py:above", "--train" if verb == "grow" else "--data", "bad.npz", "--json")
+    assert done.exit_code == 2 and "Sample 17 of the data holds NaN" in done.stderr, done.stderr
 
 
 def test_evaluation_names_the_sample_whose_outputs_are_nan(here):
@@ -78,5 +160,5 @@ def test_network_is_refused_from_python_before_any_output():
         def forward(self, x):
             return super().forward(x) * float("nan")
 
-    with pytest.raises(UnsupportedModel, match="NaN or infinite on the first inputs"):
+    with pytest.raises(UnsupportedModel, match="NaN or infinite on sample 0 of the data"):
         anybit.evaluate(nn.Sequential(nn.Linear(4, 4), Nothing(4, 2)), (torch.randn(4, 4), torch.zeros(4, dtype=torch.int64)))

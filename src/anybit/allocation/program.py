@@ -36,18 +36,22 @@ SOLVED = (0, 2)
 """The solver's status when it is done, with the best scheme or because there is none."""
 
 
+Words = tuple[Callable[[float], str], str]
+"""Writes an amount of a limited quantity; and the limit, in the same unit."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One choice per layer: `losses[layer][k]`, and for every limited quantity `costs[quantity][layer][k]` with its `limits[quantity]`.
 
-    `in_words[quantity]` writes a sum of that quantity's costs as users count it (with fixed parts and units).
+    `in_words[quantity]` writes a sum of that quantity's costs as the budget counts it, and the budget (with fixed parts, in one unit).
     """
 
     choices: Mapping[str, Sequence[Precision]]
     losses: Mapping[str, np.ndarray]
     costs: Mapping[str, Mapping[str, np.ndarray]]
     limits: Mapping[str, float]
-    in_words: Mapping[str, Callable[[float], str]] = field(default_factory=dict)
+    in_words: Mapping[str, Words] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityT
             raise UnsupportedModel(f"The sensitivity of layer {name} is not finite: {losses[name].tolist()}. Fix it with --keep.")
     limited: dict[str, dict[str, np.ndarray]] = {}
     limits: dict[str, float] = {}
-    in_words: dict[str, Callable[[float], str]] = {}
+    in_words: dict[str, Words] = {}
     for cost, limit in budget.costs() if budget else ():
         _check_limit(cost, limit, costs)
         parts, part_limit, words = _linear(cost, limit, choices, costs)
@@ -95,15 +99,16 @@ def make_problem(choices: Mapping[str, Sequence[Precision]], table: SensitivityT
     return Problem(choices, losses, limited, limits, in_words)
 
 
-Linear = tuple[dict[str, np.ndarray], float, Callable[[float], str]]
+Linear = tuple[dict[str, np.ndarray], float, Words]
 
 
 def _linear(cost: Cost, limit: float, choices: Mapping[str, Sequence[Precision]], costs: CostModel) -> Linear:
-    """Return (the parts of each layer's choices, the limit on their sum, a function that writes a sum)."""
+    """Return (the parts of each layer's choices, the limit on their sum, how a sum and the limit are written)."""
     counted = cost.counted
     parts = {name: np.array([float(counted.layer(costs, name, p)) for p in choices[name]]) for name in choices}
     fixed = counted.fixed(costs, choices)
-    return parts, limit * cost.scale(costs) - fixed, lambda amount: counted.text((amount + fixed) / counted.scale(costs))
+    words = (lambda amount: cost.text((amount + fixed) / cost.scale(costs), cost.unit_for(limit))), cost.exact_text(limit)
+    return parts, limit * cost.scale(costs) - fixed, words
 
 
 def _check_limit(cost: Cost, limit: float, costs: CostModel) -> None:
@@ -250,10 +255,12 @@ def _why_infeasible(problem: Problem) -> str:
     parts, enough = [], []
     for quantity, limit in problem.limits.items():
         least = {layer: float(problem.costs[quantity][layer].min()) for layer in problem.choices}
-        words = problem.in_words.get(quantity, lambda amount, quantity=quantity: f"{quantity}={amount:.6g}")
+        words, allowed = problem.in_words.get(
+            quantity, (lambda amount, quantity=quantity: f"{quantity}={amount:.6g}", f"{quantity}={limit:.6g}")
+        )
         if sum(least.values()) > limit:
             binding = sorted(least, key=least.__getitem__, reverse=True)[:3]
-            needed, allowed = words(sum(least.values())), words(limit)
+            needed = words(sum(least.values()))
             parts.append(f"The smallest scheme needs {needed}, more than the budget of {allowed} (layers {', '.join(binding)} bind).")
             enough.append(needed)
     if not parts:

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -15,6 +15,7 @@ from anybit.cli.help import ALL, show_all
 from anybit.cli.options import Verb, as_parameter
 from anybit.errors import AnybitError, InvalidSetting, printable
 from anybit.settings import PANELS
+from anybit.sources.published import check_published
 from anybit.wording import as_on_the_command_line
 
 SHOW_ALL = inspect.Parameter(
@@ -46,9 +47,15 @@ def as_command(function: Callable[..., Outcome | None], *more: str) -> Callable[
         with reported_errors():
             values = verb.read(context, written)
             common = {name: verb.value(name, values) for name in more}
-        telling = _telling(function.__name__, {**written, **values}, common) if "log" in common and is_first() else nullcontext()
+        telling = (
+            _telling(function.__name__, {**written, **values}, common)
+            if "log" in common and is_first()
+            else _waiting("threads" in common and is_first(), common)
+        )
         with reported_errors(function.__name__), telling:
             arguments = verb.arguments(values)
+            if isinstance(arguments.get("model"), str):
+                check_published(arguments["model"], arguments.get("weights"))
             if common.get("threads"):
                 import torch
 
@@ -121,6 +128,18 @@ def _continuation(verb: str) -> str:
     restart = "--overwrite" if verb in ("grow", "train") else None  # it would start the training again
     command = shlex.join(["anybit", *(printable(one) for one in sys.argv[1:] if one != restart)])
     return f". {KEPT[verb]}. This continues:\n  {command}"
+
+
+@contextmanager
+def _waiting(is_long: bool, common: Mapping[str, Any]) -> Iterator[None]:
+    """Show on a terminal that a verb without stages is at work."""
+    if not is_long or common.get("quiet") or common.get("as_json") or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting"):
+        yield
 
 
 @contextmanager

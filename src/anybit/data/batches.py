@@ -43,12 +43,13 @@ class Reader(Protocol):
 class Batch:
     """`inputs`: a tensor, a tuple (positional arguments) or a dict (keyword arguments); `labels`: int64 [N] or None.
 
-    `reader` reads the model's output; None reads its first tensor.
+    `reader` reads the model's output; None reads its first tensor. `places` are the samples' numbers in the data, if known.
     """
 
     inputs: Inputs
     labels: Tensor | None = None
     reader: Reader | None = None
+    places: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(first_tensor(self.inputs))
@@ -68,17 +69,25 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Move the batch to `device`."""
         labels = None if self.labels is None else self.labels.to(device)
-        return Batch(map_tensors(self.inputs, lambda t: t.to(device)), labels, self.reader)
+        return Batch(map_tensors(self.inputs, lambda t: t.to(device)), labels, self.reader, self.places)
 
     def head(self, count: int) -> "Batch":
         """Return the inputs of the first samples, without labels."""
-        return Batch(map_tensors(self.inputs, lambda tensor: tensor[:count]), None, self.reader)
+        return Batch(map_tensors(self.inputs, lambda tensor: tensor[:count]), None, self.reader, self._places(slice(count)))
 
     def parts(self, size: int) -> Iterator["Batch"]:
         """Yield the inputs of the samples, at most `size` at a time, without labels."""
         for start in range(0, len(self), size):
             chunk = slice(start, start + size)
-            yield Batch(map_tensors(self.inputs, operator.itemgetter(chunk)), None, self.reader)
+            yield Batch(map_tensors(self.inputs, operator.itemgetter(chunk)), None, self.reader, self._places(chunk))
+
+    def _places(self, rows: slice) -> tuple[int, ...] | None:
+        return None if self.places is None or len(self.places) != len(self) else self.places[rows]
+
+    def name_of(self, row: int, where: str) -> str:
+        """Return the name of a sample in messages: by its number in the data, or else in this batch, which is `where`."""
+        places = self._places(slice(None))
+        return f"sample {row} of {where}" if places is None else f"sample {places[row]} of the data"
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:
@@ -97,7 +106,7 @@ def naming_sample(model: nn.Module, batch: Batch, where: str) -> Iterator[None]:
     except Exception as error:  # a model may raise any error on inputs that it rejects
         number = next((index for index, sample in enumerate(batch.parts(1)) if _fails(model, sample, type(error))), None)
         if number is not None:
-            batch, where = list(batch.parts(1))[number], f"sample {number} of {where}"
+            batch, where = list(batch.parts(1))[number], batch.name_of(number, where)
         held = ", ".join(map(_range_of, tensors_in(batch.inputs)))
         message = " ".join(str(error).split()).rstrip(".")
         raise InvalidInput(
@@ -290,7 +299,7 @@ def check_finite(batches: Iterable[Batch]) -> None:
     for index, batch in enumerate(batches):
         if batch.mask is not None and not batch.mask.any(1).all():
             sample = int(torch.nonzero(~batch.mask.any(1))[0])
-            raise InvalidInput(f"Batch {index} of the data holds a sample that is only padding (sample {sample}). Leave empty texts out.")
+            raise InvalidInput(f"{_capital(batch.name_of(sample, f'batch {index}'))} is only padding. Leave empty texts out.")
         check_numbers(index, batch)
 
 
@@ -300,6 +309,19 @@ def check_numbers(index: int, batch: Batch) -> None:
         if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
             sample = int(torch.nonzero(~torch.isfinite(tensor.reshape(len(tensor), -1)).all(1))[0])
             raise InvalidInput(
-                f"Batch {index} of the data holds NaN or infinity (sample {sample} of the batch), or a number beyond float32's 3.4e38, "
-                "which becomes infinity. Clean or scale the inputs."
+                f"{_capital(batch.name_of(sample, f'batch {index} of the data'))} holds NaN or infinity, or a number beyond float32's "
+                "3.4e38, which becomes infinity. Clean or scale the inputs."
             )
+
+
+def check_finite_outputs(outputs: Iterable[Tensor], batches: Iterable[Batch]) -> None:
+    """Raise UnsupportedModel if the network's outputs on a batch are NaN or infinite."""
+    for index, (one, batch) in enumerate(zip(outputs, batches, strict=True)):
+        if not torch.isfinite(one).all():
+            row = int(torch.nonzero(~torch.isfinite(one.reshape(len(one), -1)).all(1))[0])
+            where = batch.name_of(row, f"batch {index}") if len(one) == len(batch) else f"batch {index}"
+            raise UnsupportedModel(f"The network's outputs are NaN or infinite on {where}. Check the network and the data.")
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]

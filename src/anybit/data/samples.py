@@ -68,8 +68,9 @@ class Samples:
                 f"A batch of {min(size, len(self))} such images takes {needed / 2**30:.1f} GiB. Give a smaller --batch-size or --size."
             )
         generator = torch.Generator().manual_seed(self.seed)
-        batches = Batches(self.dataset, _parts(len(self), size), self._collate, self.name)
-        for batch in loaded(batches, self.workers, generator=generator, **self.loading):
+        parts, own = _parts(len(self), size), whole(self.dataset)[1]
+        batches = Batches(self.dataset, parts, self._collate, self.name)
+        for part, batch in zip(parts, loaded(batches, self.workers, generator=generator, **self.loading), strict=True):
             labels, reader = batch.labels if self.labelled else None, batch.reader or self.reader
             if reader is not None and labels is not None:
                 labels = reader.align(labels, batch)
@@ -77,7 +78,8 @@ class Samples:
                 labels = from_one_hot(labels, self.one_hot)
             if self.classes and labels is not None:
                 labels = class_numbers(labels)
-            yield replace(batch, labels=labels, reader=reader).to(self.device)
+            places = tuple(part) if own is None else tuple(own[index] for index in part)
+            yield replace(batch, labels=labels, reader=reader, places=places).to(self.device)
 
     def by_length(self) -> "Samples":
         """Return the samples sorted by length, if the data set knows lengths, so that batches need less padding."""

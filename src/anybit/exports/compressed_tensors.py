@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from anybit.data.batches import check_finite
 from anybit.data.tasks import Metric, check_metric_on, compare_exported, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
@@ -298,6 +299,7 @@ def verify_folder(
     inputs = compared(canonical.model, inputs_for(run, file, canonical.model, data, workers), {}, task_of_labels(None, file.task))
     inputs = first_of(inputs, samples)
     batches = list(inputs.batches(64))
+    check_finite(batches)
     check_metric_on(canonical.model, batches, metric)
     with tempfile.TemporaryDirectory() as place:
         if embeddings & set(exported.packed):  # the same network with these in float32

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from anybit.calls import public
-from anybit.data.batches import Batch, call, read_output
+from anybit.data.batches import Batch, call, check_finite, read_output
 from anybit.data.samples import Samples
 from anybit.data.tasks import Metric, check_metric_on, compare_exported, outputs_of
 from anybit.environment import environment
@@ -33,7 +33,7 @@ from anybit.progress import enter, plan, tell, track
 from anybit.reports.bars import shown_in_notebooks
 from anybit.runs.opened import Run, first_of, inputs_for, opened
 from anybit.scheme import Precision, parsed_keep
-from anybit.sources.inputs import as_samples, compared, load_data, task_of_labels
+from anybit.sources.inputs import as_samples, check_outputs, compared, load_data, task_of_labels
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing
 
@@ -69,7 +69,7 @@ def export(
     path = Path(onnx)
     check_new_file(path, overwrite)
     canonical, file = opened(run, model)
-    example = _first(inputs_for(run, file, canonical.model, data), EXAMPLES)
+    example = _first(inputs_for(run, file, canonical.model, data), EXAMPLES, canonical.model)
     with _graphs(cache) as graph_cache:
         graphs = exported(canonical, example, {RUN: file.sha256}, tables, weight_only, cache=graph_cache)
     save(graphs.integer, path)
@@ -96,10 +96,13 @@ def _graphs(cache: str | Path | bool) -> Iterator[Cache]:
         trim_cache(graphs.folder, LIMIT)
 
 
-def _first(samples: Samples, count: int) -> Batch:
+def _first(samples: Samples, count: int, model: nn.Module) -> Batch:
+    """Return the first samples. Raises InvalidInput or UnsupportedModel if they, or the model's outputs on them, are NaN or infinite."""
     if len(samples) == 0:
         raise InvalidInput("The data is empty. Give inputs of the network with --data.")
-    return next(samples.subset(range(min(count, len(samples)))).batches(count))
+    batch = next(samples.subset(range(min(count, len(samples)))).batches(count))
+    check_outputs(model, batch)
+    return batch
 
 
 @public
@@ -130,14 +133,17 @@ def verify(
     integer = load(path)
     inputs = inputs_for(run, file, canonical.model, data, workers)
     inputs = compared(canonical.model, inputs, file.outputs or {}, task_of_labels(None, file.task))
-    first = _first(inputs, CHECKED)
-    check_metric_on(canonical.model, first_of(inputs, samples).batches(CHECKED), metric)
+    first = _first(inputs, CHECKED, canonical.model)
+    inputs = first_of(inputs, samples)
+    batches = list(inputs.batches(CHECKED))
+    check_finite(batches)
+    check_metric_on(canonical.model, batches, metric)
     plan([("graph", 3.0), ("kernels and codes", 3.0), ("runtime", 1.0), ("simulation", 1.0)], measured=False)
     enter("graph")
     properties = integer.metadata_props
     tables, weight_only = properties.get(FUNCTIONS) == "tables", properties.get(LINEARS) == "packed"
     with _graphs(cache) as graph_cache:  # on the inputs of the export, whose graph is then reused
-        example = _first(inputs, EXAMPLES)
+        example = _first(inputs, EXAMPLES, canonical.model)
         graphs = exported(canonical, example, {RUN: file.sha256}, tables, weight_only, measured_in(integer), graph_cache)
     enter("kernels and codes")
     verdict = verify_file(path, integer, graphs, canonical.model, first)
@@ -145,8 +151,6 @@ def verify(
     if not verdict.numbers:  # it could not be run
         tell("result", ok=report["ok"], failures=report["failures"])
         return report
-    inputs = first_of(inputs, samples)
-    batches = list(inputs.batches(CHECKED))
     running = session(path, torch.get_num_threads())
     predicted = _predicted(running, canonical.model, batches)
     simulated = outputs_of(graphs.model, track(batches, "simulation"))
@@ -194,9 +198,9 @@ def bench(
     canonical, file = opened(run, model)
     inputs = inputs_for(run, file, canonical.model, data)
     with _graphs(cache) as graph_cache:
-        graphs = exported(canonical, _first(inputs, EXAMPLES), cache=graph_cache)
+        graphs = exported(canonical, _first(inputs, EXAMPLES, canonical.model), cache=graph_cache)
     integer = graphs.integer if onnx is None else load(Path(onnx))
-    first = _first(inputs, max(batch_size, PROBE))
+    first = _first(inputs, max(batch_size, PROBE), canonical.model)
     report = measured(graphs.floating, integer, probe_of(first, batch_size), rounds, threads) | {"ideal_bytes": ideal_bytes(canonical)}
     tell("result", **{key: value for key, value in report.items() if key != "environment"})
     return report
@@ -227,7 +231,7 @@ def profile(
     network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else adapted_network(model)
     adjusted = with_model_defaults(preprocessing, network)
     samples = load_data(data, adjusted, workers, network) if isinstance(data, str) else as_samples(data, workers, network)
-    batch = _first(samples, PROBE)
+    batch = _first(samples, PROBE, network)
     ready = observe_network(network.eval(), batch, LayerOptions((8,), (8, None), parsed_keep(keep or {})))
     recorded = None if overwrite else load_table(ready)
     if recorded is None:

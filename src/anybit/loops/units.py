@@ -163,6 +163,9 @@ def carried_side(
 def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the squared error over the target's power, 0-d, without padding by `mask`."""
     output, target = unpadded(output, mask), unpadded(target, mask)
+    _, exponent = torch.frexp(target.detach().abs().amax())
+    # By a power of two, which changes no digit: the squares of values from 1e19 on, or below 1e-19, are beyond float32.
+    output, target = torch.ldexp(output, -exponent), torch.ldexp(target, -exponent)
     return (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
 
 

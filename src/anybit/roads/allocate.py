@@ -12,8 +12,9 @@ from anybit.allocation.choice import Judge
 from anybit.allocation.sensitivity import SensitivityTable, rows_to_measure
 from anybit.budget import DROP, Budget
 from anybit.calls import public
+from anybit.data.batches import check_finite, check_finite_outputs
 from anybit.data.samples import Calibration, draw, mirrored, split
-from anybit.data.tasks import Metric, labels_fit, labels_in, outputs_of, task_of
+from anybit.data.tasks import Metric, joined, labels_fit, labels_in, outputs_of_each, task_of
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.files.cache import open_cache
@@ -95,6 +96,7 @@ def allocate(
     tests = read_alike(tests, samples, float_model, read_as)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
+        check_finite(calibration.fitting + calibration.held_out)
         if settings.mirror:
             calibration = mirrored(calibration)
         network = with_latencies(
@@ -108,7 +110,9 @@ def allocate(
         if set(candidates.edges) != set(network.wiring.edges()):  # a run that rounded none
             candidates = replace(candidates, edges=edge_candidates(network, calibration, settings))
         started = time.perf_counter()
-        reference = outputs_of(network.float_model, calibration.held_out)
+        held_out = outputs_of_each(network.float_model, calibration.held_out)
+        check_finite_outputs(held_out, calibration.held_out)
+        reference = joined(held_out)
         forward = (time.perf_counter() - started) / max(len(reference), 1)
         targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
         entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)

@@ -11,7 +11,7 @@ from torch import nn
 from anybit.allocation.choice import Choice, Judge, check_feasible
 from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
 from anybit.calls import public
-from anybit.data.batches import Batch, check_finite, naming_sample
+from anybit.data.batches import Batch, check_finite, check_finite_outputs, naming_sample
 from anybit.data.samples import Calibration, Samples, draw, mirrored, split
 from anybit.data.tasks import (
     LabelledOutputs,
@@ -27,7 +27,7 @@ from anybit.data.tasks import (
 )
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
-from anybit.errors import InvalidSetting, UnsupportedModel
+from anybit.errors import InvalidSetting
 from anybit.files.cache import Cache, open_cache, report_and_trim
 from anybit.files.contents import contents_of
 from anybit.methods.table import rounding_named
@@ -187,9 +187,7 @@ def prepare_bench(
         )
         if not all(torch.isfinite(outputs).all() for outputs in (reference, *references)):
             finite_samples(network, calibration, settings)  # names the layer if the cause is a layer's input
-            raise UnsupportedModel(
-                "The float network's outputs are NaN or infinite on the calibration data. Check the network and the data."
-            )
+            check_finite_outputs([*references, *held_out], calibration.fitting + calibration.held_out)
         restore(network.float_model, network.moving)
         cache = key_of_run(cache, network, calibration, [*references, reference], settings)
         if labels is not None and metric is not None:

@@ -13,7 +13,7 @@ from anybit.allocation.choice import Judge
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import LATENCY, Budget
 from anybit.calls import public
-from anybit.data.batches import Batch
+from anybit.data.batches import Batch, check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, outputs_of, outputs_of_each, task_of
 from anybit.data.tasks import evaluate as evaluate_model
@@ -155,6 +155,7 @@ def extract(
     with clock.stage("extract"):
         fitting = None if samples is None else held_out_split(samples, supernet.settings)[0]
         batches = None if fitting is None else bn_batches(fitting, supernet.settings)
+        check_finite(batches or [])
         statistics = supernet.switch(chosen, batches)
         canonical = _with_observed_edges(supernet, supernet.canonical(), batches)
     tests = None

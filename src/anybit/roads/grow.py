@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from anybit.allocation.choice import check_feasible
-from anybit.budget import Budget
+from anybit.budget import Budget, check_counts_weights
 from anybit.calls import public
 from anybit.data.batches import Batch, check_finite, tensors_in
 from anybit.data.samples import Samples, draw
@@ -262,7 +262,7 @@ def _parsed_target(budget: str | Budget | None, scheme: Scheme | str | Path | No
         raise InvalidSetting("grow takes one budget, because each needs its own training. Run grow once per budget.")
     if budget is not None and scheme is not None:
         raise InvalidSetting("Give a budget or a scheme, not both: a scheme already fixes the bits.")
-    parsed = Budget.parse(budget) if budget is not None else None
+    parsed = Budget.parse(budget, check_counts_weights) if budget is not None else None
     return parsed, read_scheme(Path(scheme)).scheme if isinstance(scheme, (str, Path)) else scheme
 
 

@@ -23,7 +23,7 @@ from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
 from anybit.sources.images import common_classes
-from anybit.sources.inputs import compared, first_samples, samples_from, task_of_labels, with_class_numbers
+from anybit.sources.inputs import check_outputs, compared, first_samples, samples_from, task_of_labels, with_class_numbers
 from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing
@@ -171,4 +171,6 @@ def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, wor
         if not isinstance(data, str) or isinstance(run, Supernet) or not is_trusted(Path(run), SUPERNET_JSON):
             raise InvalidSetting("The supernet does not name data that anybit may load. Give its training data with --data.")
     samples = samples_from(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})), supernet.model)
-    return compared(supernet.network, samples, supernet.settings.outputs, task_of_labels(supernet.settings.task, supernet.task))
+    samples = compared(supernet.network, samples, supernet.settings.outputs, task_of_labels(supernet.settings.task, supernet.task))
+    check_outputs(supernet.network, first_samples(samples))
+    return samples

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from anybit.calls import public
-from anybit.data.batches import Batch
+from anybit.data.batches import Batch, check_finite
 from anybit.errors import InvalidInput
 from anybit.exports.trial import try_export
 from anybit.networks.copies import checked_copy
@@ -76,6 +76,7 @@ def _observable(model: nn.Module, data: Any, outputs: Mapping[str, float]) -> tu
     if len(samples) == 0:
         raise InvalidInput("The data set is empty. Give at least one input, or leave out --data.")
     network = checked_copy(model, first_samples(samples)).eval()
+    check_finite([first_samples(samples)])
     return network, first_samples(compared(network, samples, outputs))
 
 

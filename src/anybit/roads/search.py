@@ -13,7 +13,7 @@ from torch import nn
 from anybit.allocation.choice import fits_budget
 from anybit.budget import BYTES, PERCENT, Budget, check_is_counted, cost_quantities, own_costs, parse_budgets
 from anybit.calls import public
-from anybit.data.batches import Batch
+from anybit.data.batches import Batch, check_finite
 from anybit.data.samples import Samples
 from anybit.data.tasks import TASKS, Metric, metric_name
 from anybit.environment import environment
@@ -133,6 +133,7 @@ def run_search(
     """
     fitting, images, search_on, measure_on = _split_samples(supernet, samples, settings)
     bn = bn_batches(fitting, supernet.settings)
+    check_finite([*search_on, *measure_on, *bn])
     asked = settings.bn_images or supernet.settings.bn_images
     few = bn_batches(fitting, replace(supernet.settings, bn_images=asked))
     cache = key_of_supernet(cache, supernet, [*search_on, *measure_on, *bn, *few], metric)

@@ -11,7 +11,7 @@ from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings, MSQSettings
 from anybit.methods.table import GROW_METHODS, ROUNDINGS, SOLVERS
-from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, Precision
+from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, WEIGHT_BITS, Precision
 from anybit.settings import NAMES, Settings, Text, documented, option, same_as
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class CalibrateSettings(Settings):
     common: ClassVar[Mapping[str, Any]] = {"rare": True}
 
     weight_bits: tuple[int, ...] = option(
-        (2, 3, 4, 6, 8), "Bit-widths that weights may get.", least=2, most=8, text=BITS, panel="Budget", rare=False
+        (2, 3, 4, 6, 8), "Bit-widths that weights may get.", least=2, most=8, text=WEIGHT_BITS, panel="Budget", rare=False
     )
     activation_bits: tuple[int | None, ...] = option(
         (4, 6, 8),

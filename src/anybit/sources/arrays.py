@@ -86,12 +86,21 @@ def _numbers(array: np.ndarray, name: str, where: str) -> np.ndarray:
     """Return the array in this machine's byte order, in a type that PyTorch supports. Raises InvalidInput if it holds no numbers."""
     if array.dtype.kind in KINDS:
         cure = "numpy.unique(y, return_inverse=True)[1] numbers them" if name in ("y", "labels") else "Turn them into numbers first"
-        raise InvalidInput(f"{where}{name} holds {KINDS[array.dtype.kind]} ({array.dtype}), not numbers. {cure}.")
+        raise InvalidInput(f"{where}{name} {_verb(name, 'hold')} {KINDS[array.dtype.kind]} ({array.dtype}), not numbers. {cure}.")
     if not array.ndim:
-        raise InvalidInput(f"{where}{name} is a single number, not an array with a first dimension of samples. Give [N, ...].")
+        verb = "are" if _is_plural(name) else "is"
+        raise InvalidInput(f"{where}{name} {verb} a single number, not an array with a first dimension of samples. Give [N, ...].")
     if array.dtype.kind in "fc" and array.dtype.itemsize > (8 if array.dtype.kind == "f" else 16):  # wider than a double
         array = array.astype(np.float64 if array.dtype.kind == "f" else np.complex128)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _is_plural(name: str) -> bool:
+    return name.startswith(("inputs", "labels", "rows"))
+
+
+def _verb(name: str, stem: str) -> str:
+    return stem if _is_plural(name) else f"{stem}s"
 
 
 def _labels(y: np.ndarray, where: str) -> np.ndarray:

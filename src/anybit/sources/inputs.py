@@ -11,14 +11,24 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset, default_collate
 
-from anybit.data.batches import Batch, check_finite, check_plain, evaluating, predict, stacked, tensors_in
+from anybit.data.batches import (
+    Batch,
+    check_finite,
+    check_finite_outputs,
+    check_plain,
+    evaluating,
+    naming_sample,
+    predict,
+    stacked,
+    tensors_in,
+)
 from anybit.data.options import TEXT_SUFFIXES, parse_columns, suffix_of
 from anybit.data.outputs import OutputReader, output_reader
 from anybit.data.readers import token_reader
 from anybit.data.reading import elements_of, item_of, length_of, whole
 from anybit.data.samples import ArrayDataset, NamedArrays, Samples, are_one_hot, fractions, have_form_of_classes
 from anybit.data.texts import read_rows
-from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel, naming, some
+from anybit.errors import InvalidInput, InvalidSetting, naming, some
 from anybit.networks.copies import copied
 from anybit.networks.states import check_finite_weights
 from anybit.progress import tell
@@ -360,13 +370,14 @@ def _rows_are_one_hot(samples: Samples) -> bool:
 
 @torch.no_grad()
 def check_outputs(model: nn.Module, batch: Batch) -> None:
-    """Raise UnsupportedModel if the model's outputs are NaN or infinite, naming the weight if one is; InvalidInput if an input is."""
-    with evaluating(model):
-        outputs = predict(copied(model), batch)
+    """Raise InvalidInput if an input is NaN or infinite; UnsupportedModel if the model's outputs are, naming the weight if one is."""
+    check_finite([batch])
+    own = copied(model)
+    with evaluating(own), naming_sample(own, batch, "the first batch of the data"):
+        outputs = predict(own, batch)
     if not torch.isfinite(outputs).all():
         check_finite_weights(model)
-        check_finite([batch])
-        raise UnsupportedModel("The network's outputs are NaN or infinite on the first inputs. Check the network and the data.")
+        check_finite_outputs([outputs], [batch])
 
 
 def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float], task: str | None = None) -> Samples:

@@ -21,6 +21,7 @@ from anybit.errors import InvalidSetting
 from anybit.files.strict import in_words
 from anybit.progress import tell
 from anybit.sources.callables import import_optional
+from anybit.sources.published import REMEDY
 from anybit.sources.references import RANDOM, did_you_mean
 
 PATIENCE = 10.0
@@ -56,10 +57,7 @@ def library_model(library: str, name: str, weights: str | None) -> nn.Module:
         with short_timeouts():
             return source.make(name, True)
     except Exception as error:
-        raise InvalidSetting(
-            f"{reference}: its weights cannot be downloaded ({in_words(error).rstrip('.')}). Give a file with --weights=FILE, or draw "
-            f"random ones to inspect layers, sizes and speed with --weights={RANDOM}."
-        ) from error
+        raise InvalidSetting(f"{reference}: its weights cannot be downloaded ({in_words(error).rstrip('.')}). {REMEDY}") from error
 
 
 def _timm(reference: str) -> Library:

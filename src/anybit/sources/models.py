@@ -18,6 +18,7 @@ from anybit.networks.plain import plain_weights
 from anybit.sources.callables import call_user_function, import_optional, load_callable
 from anybit.sources.libraries import LIBRARIES, library_model
 from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.published import check_published
 from anybit.sources.references import RANDOM, check_file, check_model
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def load_model(reference: str, weights: str | None = None, task: str | None = No
     """
     with naming("--model="):
         check_model(reference)
+    check_published(reference, weights)
     kind, _, name = reference.partition(":")
     if kind == "hf":
         model = huggingface("models", f"--model={reference}").load(name, task, weights == RANDOM)

@@ -29,8 +29,15 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 def did_you_mean_path(path: Path) -> str:
     """Return a question with an existing path that is similar to this one."""
     beside = sorted(one.name for one in path.parent.iterdir()) if path.parent.is_dir() else []
-    question = did_you_mean(path.name, [name for name in beside if not name.startswith(".") and name != path.name])
+    names = [name for name in beside if not name.startswith(".") and name != path.name and _similar_stems(name, path.name)]
+    question = did_you_mean(path.name, names)
     return question.replace("mean ", f"mean {path.parent}/") if question and path.parent != Path() else question
+
+
+def _similar_stems(first: str, second: str) -> bool:
+    """Return whether names of files are similar without their suffixes, which are often equal."""
+    stems = Path(first).stem.lower(), Path(second).stem.lower()
+    return difflib.SequenceMatcher(None, *stems).ratio() >= 0.6
 
 
 def check_file(path: str | Path) -> None:
