@@ -177,7 +177,7 @@ def test_a_taken_output_is_named_as_what_it_is(here):
 def test_wrong_numbers_of_channels_are_named(here):
     with pytest.raises(InvalidSetting, match="--mean has 2 numbers, and images in folders are read as RGB"):
         ImageFolder(here, Preprocessing(mean=(0.5, 0.5)))
-    for channels, words in ((1, "read as RGB. Give grey ones as an array"), (3, "Give images of three channels")):
+    for channels, words in ((1, "Give grey images"), (3, "Give images of three channels")):
         with pytest.raises(InvalidInput, match=words):
             observe(nn.Sequential(nn.Conv2d(channels, 2, 3)), Batch(torch.zeros(2, 4 - channels, 8, 8)))
 

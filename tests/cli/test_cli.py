@@ -221,7 +221,7 @@ BAD = {
     "nine bits": (["--activation-bits", "9"], "outside 2..8"),
     "bits grammar": (["--weight-bits", "four"], "--weight-bits"),
     "no bits": (["--weight-bits", ""], "--weight-bits"),
-    "float weights": (["--weight-bits", "float"], "must be a whole number, 2..8"),
+    "float weights": (["--weight-bits", "float"], "is not a bit-width of weights"),
     "no layer": (["--model", "m.py:hollow"], "no layer to quantize"),
     "other weights": (["--weights", "other.pt"], "conv1.weight"),
     "broken weights": (["--weights", "broken.pt"], "broken.pt"),

@@ -260,6 +260,9 @@ def test_print_is_light_and_complete(long):
     assert lightness(page.locator("body"), "backgroundColor") > 600 > 150 > lightness(page.locator("body"), "color")
     assert not page.locator(".controls").is_visible() and page.locator("summary:visible").count() == 0
     assert page.locator("table.layers").locator("..").evaluate("(one) => one.scrollHeight - one.clientHeight") <= 1
+    sort, head = page.locator("table.layers .sort").first, page.locator("table.layers thead")  # Chromium repeats no head that has buttons
+    assert sort.evaluate("(one) => getComputedStyle(one).display") == "contents"
+    assert head.evaluate("(one) => getComputedStyle(one).breakInside") == "avoid"
 
 
 def lightness(locator, attribute):

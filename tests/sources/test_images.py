@@ -5,7 +5,9 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import anybit
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.progress import listening
 from anybit.roads.inputs import follow_model
@@ -97,11 +99,11 @@ def test_non_decimal_digit_is_a_name(tmp_path):
     assert labels_of(tmp_path) == {"1": 0, "123456789012345678901234567890": 1, "²": 2}
 
 
-def notes_of(read):
+def notes_of(read, about="class folders"):
     notes = []
     with listening(events=lambda event, fields: notes.append(str(fields.get("note")))):
         read()
-    return [note for note in notes if "class folders" in note]
+    return [note for note in notes if about in note]
 
 
 @pytest.mark.parametrize(
@@ -192,3 +194,34 @@ def test_batches_of_images_that_take_gigabytes_are_refused(tmp_path):
     samples = load_data(str(tmp_path), Preprocessing(size=5000)).subset(range(20))
     with pytest.raises(InvalidSetting, match="smaller --batch-size or --size"):
         next(samples.batches(128))
+
+
+def reading(channels, kind="convolution"):
+    """A network that reads images of so many channels, 4 x 8 pixels."""
+    torch.manual_seed(0)
+    rest = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)]
+    return nn.Sequential(*([nn.Conv2d(channels, 6, 3), *rest] if kind == "convolution" else [nn.Flatten(), nn.Linear(32 * channels, 3)]))
+
+
+@pytest.mark.parametrize("kind", ["convolution", "linear"])
+@pytest.mark.parametrize("colour", [False, True])
+def test_images_have_the_channels_that_the_network_reads(kind, colour, tmp_path):
+    for at in range(4):
+        values = np.stack([RAMP + at, RAMP, RAMP // 2], -1) if colour else RAMP + at
+        save(tmp_path / str(at % 2) / f"{at}.PNG", values)
+    one, three = (load_data(str(tmp_path), model=reading(channels, kind)) for channels in (1, 3))
+    assert one.dataset[0][0].shape == (1, 4, 8) and three.dataset[0][0].shape == (3, 4, 8)
+    if not colour:
+        assert torch.equal(one.dataset[0][0].expand(3, -1, -1), three.dataset[0][0])
+    for channels, noted in ((1, True), (3, False)):
+        notes = notes_of(lambda channels=channels: anybit.evaluate(reading(channels, kind), str(tmp_path)), "converted to grey")
+        assert len(notes) == noted
+
+
+def test_grey_images_are_normalized_by_one_number(tmp_path):
+    for at in range(4):
+        save(tmp_path / f"{at}.png", RAMP + at)
+    samples = load_data(str(tmp_path), Preprocessing(mean=(0.5,), std=(0.25,)), model=reading(1))
+    assert torch.allclose(samples.dataset[0], (torch.from_numpy(RAMP).float() / 255 - 0.5)[None] / 0.25)
+    with pytest.raises(InvalidSetting, match=r"--mean has 3 numbers, and images in folders are read as grey for this network. Give one\."):
+        load_data(str(tmp_path), Preprocessing(mean=(0.5, 0.5, 0.5)), model=reading(1))

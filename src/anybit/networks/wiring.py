@@ -387,7 +387,7 @@ def _remedy(message: str, inputs: Sequence[Tensor]) -> str:
     """Return what to do about inputs that a network refuses with this message."""
     channels = re.search(r"to have (\d+) channels, but got (\d+) channels", message)
     if channels and channels.groups() == ("1", "3"):
-        return "Images in folders are read as RGB. Give grey ones as an array uint8 [N, H, W] in a .npz file, or by a function."
+        return "Give grey images: of one channel, or as an array uint8 [N, H, W]."
     if channels and channels.groups() == ("3", "1"):
         return "Give images of three channels: a grey one has its channel three times."
     if re.search(r"d?type", message) and any(not tensor.is_floating_point() for tensor in inputs):

@@ -26,13 +26,13 @@ PIXELS = 2**25
 
 
 class ImageFolder(Dataset):
-    """Images in one folder (unlabelled) or one folder per class, numbered by `class_numbers`."""
+    """Images in one folder (unlabelled) or one folder per class, numbered by `class_numbers`; in RGB, or in grey with one channel."""
 
-    def __init__(self, root: Path, preprocessing: Preprocessing):
+    def __init__(self, root: Path, preprocessing: Preprocessing, channels: int = 3):
         import_optional("PIL.Image", "pillow", f"The folder of images {root}")
-        _check_channels(preprocessing)
+        _check_channels(preprocessing, channels)
         _check_size(preprocessing)
-        self.preprocessing = preprocessing
+        self.preprocessing, self.channels = preprocessing, channels
         files = _images(root)
         if not files:
             raise InvalidInput(f"Folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
@@ -46,24 +46,26 @@ class ImageFolder(Dataset):
     @property
     def sample_bytes(self) -> int:
         """Return the bytes of an image of `--size`; 0 if each has its own size."""
-        return 12 * (self.preprocessing.size or 0) ** 2
+        return 4 * self.channels * (self.preprocessing.size or 0) ** 2
 
     def contents_digest(self) -> str:
         """Return a SHA-256 over the files, their classes and the preprocessing."""
-        return contents_of([digest_of_files([path for path, _ in self.items]), [label for _, label in self.items], self.preprocessing])
+        files = digest_of_files([path for path, _ in self.items])
+        return contents_of([files, [label for _, label in self.items], self.preprocessing, self.channels])
 
     def __getitem__(self, index: int):
         path, label = self.items[index]
-        image = read_image(path, self.preprocessing)
+        image = read_image(path, self.preprocessing, self.channels)
         return (image, label) if self.labelled else image
 
 
-def _check_channels(preprocessing: Preprocessing) -> None:
+def _check_channels(preprocessing: Preprocessing, channels: int) -> None:
     """Raise InvalidSetting unless mean and deviation have one number for all channels of an image, or for each."""
     for name in ("mean", "std"):
         values = getattr(preprocessing, name)
-        if values is not None and len(values) not in (1, 3):
-            raise InvalidSetting(f"--{name} has {len(values)} numbers, and images in folders are read as RGB. Give 3, or one for all.")
+        if values is not None and len(values) not in (1, channels):
+            read_as, remedy = ("RGB", "Give 3, or one for all") if channels == 3 else ("grey for this network", "Give one")
+            raise InvalidSetting(f"--{name} has {len(values)} numbers, and images in folders are read as {read_as}. {remedy}.")
 
 
 def _check_size(preprocessing: Preprocessing) -> None:
@@ -155,21 +157,21 @@ def common_classes(references: Iterable[Any]) -> tuple[str, ...] | None:
     return tuple(sorted(names))
 
 
-def read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
-    """Read one image as float [3, H, W]: upright, RGB, resized, cropped, scaled to 0..1, normalized."""
+def read_image(path: Path, preprocessing: Preprocessing, channels: int = 3) -> torch.Tensor:
+    """Read one image as float [channels, H, W]: upright, RGB or grey, resized, cropped, scaled to 0..1, normalized."""
     from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             file = Image.open(path)
-            image = _as_8_bits(ImageOps.exif_transpose(file), file.format).convert("RGB")
+            image = _as_8_bits(ImageOps.exif_transpose(file), file.format).convert("RGB" if channels == 3 else "L")
     except InvalidInput as error:
         raise InvalidInput(f"{path} {error}") from error
     except Exception as error:  # broken files also raise SyntaxError and struct.error, and too large ones PIL's own error
         raise InvalidInput(f"{path} cannot be read as an image: {in_words(error)}. Remove or replace it.") from error
     image = _resized(image, preprocessing, path)
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    x = torch.from_numpy(np.array(image).reshape(image.height, image.width, channels)).permute(2, 0, 1).float() / 255
     if preprocessing.mean is not None:
         x = x - torch.tensor(preprocessing.mean)[:, None, None]
     if preprocessing.std is not None:

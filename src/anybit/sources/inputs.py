@@ -65,7 +65,7 @@ def load_data(
             raise InvalidSetting("--size and --resize apply to image folders; images in arrays are used unchanged.")
         return _read_by(model, read_samples(Path(path), subset, preprocessing, workers, model))
     if Path(path).is_dir():
-        dataset = ImageFolder(Path(path), preprocessing)
+        dataset = ImageFolder(Path(path), preprocessing, _channels_for(model, Path(path), preprocessing))
         return _read_by(model, Samples(dataset, dataset.labelled, workers, black=preprocessing.black))
     if reference.startswith("hf:") or (suffix_of(path) in TEXT_SUFFIXES and Path(path).is_file()):
         return _texts(reference, preprocessing, workers, model)
@@ -75,6 +75,23 @@ def load_data(
     dataset = call_user_function(load_callable(reference, "--data"), f"--data={reference}")
     with naming(f"{reference}: "):
         return replace(as_samples(dataset, workers, model, most), name=reference)
+
+
+def _channels_for(model: nn.Module | None, folder: Path, preprocessing: Preprocessing) -> int:
+    """Return the number of channels of the images that the network reads: one if it runs on grey images alone, which is noted, else 3."""
+    if model is None or any(isinstance(module, nn.Conv2d) and module.in_channels == 3 for module in model.modules()):
+        return 3
+    pixels = replace(preprocessing, mean=None, std=None)  # of as many channels as the images will have
+    network = copied(model).cpu()
+    if any(runs(_images(folder, pixels, channels).subset([0]), network) is not (channels == 1) for channels in (3, 1)):
+        return 3
+    tell("note", note="the network reads images of one channel, so those in folders are converted to grey")
+    return 1
+
+
+def _images(folder: Path, preprocessing: Preprocessing, channels: int) -> Samples:
+    dataset = ImageFolder(folder, preprocessing, channels)
+    return Samples(dataset, dataset.labelled)
 
 
 def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn.Module | None) -> Samples:

@@ -36,8 +36,9 @@ def did_you_mean_path(path: Path) -> str:
 
 def _similar_stems(first: str, second: str) -> bool:
     """Return whether names of files are similar without their suffixes, which are often equal."""
-    stems = Path(first).stem.lower(), Path(second).stem.lower()
-    return difflib.SequenceMatcher(None, *stems).ratio() >= 0.6
+    one, other = Path(first).stem.lower(), Path(second).stem.lower()
+    one_letter = len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) <= 1
+    return one_letter or difflib.SequenceMatcher(None, one, other).ratio() >= 0.6
 
 
 def check_file(path: str | Path) -> None:
