@@ -169,7 +169,7 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None, wiring: Wiri
 @contextmanager
 def _any_names() -> Iterator[None]:
     """Let modules have any name, such as "in" of a dictionary of layers, which the exporter otherwise writes into code as it is."""
-    written = getattr(torch.fx.graph, "_format_target", None)
+    written = torch.fx.graph._format_target
     torch.fx.graph._format_target = lambda base, target: reduce(lambda of, name: f"getattr({of}, {name!r})", target.split("."), base)
     try:
         yield
@@ -188,14 +188,14 @@ def _tensor_outputs(model: nn.Module) -> Iterator[None]:
         return output if isinstance(output, Tensor) else tuple(tensors_in(output))
 
     own = vars(model).get("forward")
-    model.forward = tensors  # type: ignore[method-assign]
+    model.forward = tensors
     try:
         yield
     finally:
         if own is None:
             del model.forward
         else:
-            model.forward = own  # type: ignore[method-assign]
+            model.forward = own
 
 
 def _forget_recurrent_kernels() -> None:
