@@ -288,7 +288,7 @@ def test_an_unrelated_file_of_the_same_suffix_is_not_suggested(here):
 @pytest.mark.parametrize("bits", ["float", "4,float"])
 def test_float_weights_are_refused_by_what_keeps_them(here, bits):
     done = anybit_cli(*CALIBRATING, "--weight-bits", bits)
-    assert done.exit_code == 2 and "--keep 'LAYER=float'" in done.stderr and "None" not in done.stderr
+    assert done.exit_code == 2 and "--keep='LAYER=float'" in done.stderr and "None" not in done.stderr
 
 
 def test_the_output_whose_weight_is_out_of_range_is_named(here):
