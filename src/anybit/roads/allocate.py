@@ -14,7 +14,7 @@ from anybit.budget import DROP, Budget
 from anybit.calls import public
 from anybit.data.batches import check_finite, check_finite_outputs
 from anybit.data.samples import Calibration, draw, mirrored, split
-from anybit.data.tasks import Metric, joined, labels_fit, labels_in, outputs_of_each, task_of
+from anybit.data.tasks import Metric, joined, keeping_task, labels_fit, labels_in, outputs_of_each, task_of
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.files.cache import open_cache
@@ -45,6 +45,7 @@ from anybit.sources.preprocessing import Preprocessing
 
 @public
 @shown_in_notebooks
+@keeping_task()
 def allocate(
     run: str | Path,
     budget: str | Budget,
