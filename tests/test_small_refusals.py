@@ -131,6 +131,18 @@ def test_a_path_that_exists_wins_over_the_meaning_of_its_name(here):
     assert done.exit_code == 0, done.stderr
 
 
+def test_a_part_of_what_has_no_parts_is_refused(here):
+    """The whole of it was read: training and test data were the same."""
+    Path("pictures/test").mkdir(parents=True)
+    Path("t.txt").write_text("one\ntwo\n")
+    np.save("x.npy", X.numpy())
+    for path, advice in {"pictures": "or the folder pictures/test", "t.txt": "Name t.txt alone.", "x.npy": "Name x.npy alone."}.items():
+        for check in (check_data, load_data):
+            with pytest.raises(InvalidInput, match="has no parts, so #test names nothing") as refused:
+                check(f"{path}#test")
+            assert advice in str(refused.value)
+
+
 @pytest.mark.parametrize("content", ["text", "objects"])
 def test_advice_to_load_unsafely_is_not_passed_on(here, content):
     if content == "text":
