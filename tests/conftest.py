@@ -19,6 +19,7 @@ import torch
 from anybit.files.cache import Entry
 from anybit.onnx import graphs
 
+gc.disable()  # until all modules are imported: a third of that time
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 1))
 torch.set_num_threads(THREADS)
 
@@ -27,6 +28,7 @@ def pytest_collection_finish():
     """Exempt the million objects imported so far from garbage collection, which would traverse them repeatedly."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(5000, 20, 20)  # a whole collection costs a fifth of a second by the end; there is memory enough for fewer
 
 

@@ -131,6 +131,18 @@ def test_a_path_that_exists_wins_over_the_meaning_of_its_name(here):
     assert done.exit_code == 0, done.stderr
 
 
+def test_a_part_of_what_has_no_parts_is_refused(here):
+    """The whole of it was read: training and test data were the same."""
+    Path("pictures/test").mkdir(parents=True)
+    Path("t.txt").write_text("one\ntwo\n")
+    np.save("x.npy", X.numpy())
+    for path, advice in {"pictures": "or the folder pictures/test", "t.txt": "Name t.txt alone.", "x.npy": "Name x.npy alone."}.items():
+        for check in (check_data, load_data):
+            with pytest.raises(InvalidInput, match="has no parts, so #test names nothing") as refused:
+                check(f"{path}#test")
+            assert advice in str(refused.value)
+
+
 @pytest.mark.parametrize("content", ["text", "objects"])
 def test_advice_to_load_unsafely_is_not_passed_on(here, content):
     if content == "text":
@@ -288,7 +300,7 @@ def test_an_unrelated_file_of_the_same_suffix_is_not_suggested(here):
 @pytest.mark.parametrize("bits", ["float", "4,float"])
 def test_float_weights_are_refused_by_what_keeps_them(here, bits):
     done = anybit_cli(*CALIBRATING, "--weight-bits", bits)
-    assert done.exit_code == 2 and "--keep 'LAYER=float'" in done.stderr and "None" not in done.stderr
+    assert done.exit_code == 2 and "--keep='LAYER=float'" in done.stderr and "None" not in done.stderr
 
 
 def test_the_output_whose_weight_is_out_of_range_is_named(here):

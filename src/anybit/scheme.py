@@ -170,7 +170,7 @@ KEEP = Text(parse_keep, lambda keep: [f"{pattern}={precision}" for pattern, prec
 def parse_weight_bits(text: str) -> tuple[int, ...]:
     """Parse "4,8" into bit-widths."""
     if "float" in text.split(","):
-        raise InvalidSetting("float is not a bit-width of weights. Name 2 to 8, and keep layers float with --keep 'LAYER=float'.")
+        raise InvalidSetting("float is not a bit-width of weights. Name 2 to 8, and keep layers float with --keep='LAYER=float'.")
     return tuple(int(part) for part in text.split(","))
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -132,6 +133,17 @@ def test_allocate_takes_the_common_options(here):
     assert report["result"]["weight_bits"] < 4.1 and all(row["metric"] == 1.0 for row in report["ladder"])
     third = anybit_cli("allocate", "second", "--budget", "6bit", "--output", "third", "--json")  # the run's own settings
     assert json.loads(Path("third/report.json").read_text())["settings"]["batch_size"] == CalibrateSettings().batch_size, third.stderr
+
+
+def test_allocate_notes_that_the_recorded_data_have_changed(here):
+    assert calibrate("--budget", "6bit").exit_code == 0
+    assert "have changed" not in anybit_cli("allocate", "run", "--budget", "5bit", "--output", "same").stderr
+    other = np.load("x.npz")
+    x, y = other["x"][::-1] * 2, other["y"]
+    np.savez("x.npz", x=x, y=y)
+    done = anybit_cli("allocate", "run", "--budget", "5bit", "--output", "changed")
+    assert done.exit_code == 0 and "the data have changed since run was made" in " ".join(done.stderr.split())
+    assert "the data have changed" in json.loads(Path("changed/report.json").read_text())["notes"][0]
 
 
 def test_inspect_takes_the_common_options(here):

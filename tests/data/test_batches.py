@@ -1,5 +1,8 @@
 """Batching: no sample lost or duplicated, one seeded split, invalid data reported by name."""
 
+import multiprocessing
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -211,3 +214,10 @@ def test_non_finite_inputs_are_detected_in_tuples_and_dicts():
 
 def test_accepts_finite_and_integer_inputs():
     check_finite([Batch(torch.zeros(2, 3)), Batch({"ids": torch.ones(2, 3, dtype=torch.long)})])
+
+
+def test_workers_without_a_batch_are_not_started():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, about few cores
+        assert [len(batch) for batch in numbered(6, workers=1000).batches(3)] == [3, 3]
+        assert len(multiprocessing.active_children()) <= 2

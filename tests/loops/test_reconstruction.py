@@ -332,3 +332,16 @@ def test_call_without_data_is_fitted_as_one_sample():
     assert (data.count, constant.count) == (210, 1) and torch.equal(constant.arguments(torch.tensor([0]))[0][0], case.model.positions)
     errors = fit(case, ReconstructionSettings(AdaQuant, steps=60, batch_size=16))
     assert errors["key"]["after"] < errors["key"]["before"]
+
+
+@every_rounding
+@pytest.mark.parametrize("factor", [2.0**-100, 2.0**70, 2.0**100])
+def test_a_network_in_other_units_is_reconstructed_alike(factor, rounding):
+    """Squares of such values are beyond float32."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False)).eval(), numbers(48, 8)
+    settings = ReconstructionSettings(rounding, steps=20, batch_size=16)
+    halves = [Calibration([Batch(x[:32] * unit)], [Batch(x[32:] * unit)]) for unit in (1.0, factor)]
+    (_, plain, expected), (_, scaled, errors) = (fitted(model, "W3A8", settings, calibration=half, unit="layer") for half in halves)
+    assert all(error == pytest.approx(expected[name], rel=0.01) for name, error in errors.items())
+    assert torch.allclose(scaled(x * factor) / factor, plain(x), atol=0.05)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from networks import NETWORKS, CalledTwice, Chain, Residual, assert_untouched, make, network_and_inputs, numbers, pictures, snapshot
 from torch import nn
 
+import anybit
 from anybit.data.batches import Batch
 from anybit.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.networks.batchnorm import fold, foldable
@@ -326,3 +327,12 @@ class Places(nn.Module):
 def test_constant_layers_are_those_computed_from_parameters_and_sizes_alone():
     wiring = observe(Places().eval(), Batch(torch.randint(90, (3, 5))))
     assert wiring.constant_layers() == {"places", "of_places"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_types_that_do_not_fit_the_network_name_its_parameter_and_the_conversion(dtype):
+    half = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8).to(dtype)).eval()
+    with pytest.raises(InvalidInput, match=rf"1\.weight is {dtype}, .*model\.float\(\)"):
+        anybit.inspect(half, numbers(20, 8))
+    with pytest.raises(InvalidInput, match=rf"0\.weight is {dtype}, .*model\.float\(\)"):
+        anybit.evaluate(nn.Sequential(nn.Linear(8, 4)).to(dtype), (numbers(20, 8), torch.arange(20) % 4))

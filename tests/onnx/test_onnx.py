@@ -1,5 +1,6 @@
 """An exported file is as small as its bits, runs on integer kernels, and computes the same as the integer reference."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -575,6 +576,29 @@ def test_exports_unusual_graphs(function, layers, shape, tables, precision, tmp_
         simulated = canonical.model(batch.inputs)
     assert not verdict.failures
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
+def test_layers_of_any_name_are_exported(tmp_path):
+    names = ["in", "class", "a b", "a'b", 'a"b', "a\nb", "a\\b", "a/b", "\u202eab", "0"]
+    canonical, batch = odd(
+        lambda s, x: [x := F.relu(s._modules[name](x)) for name in names][-1], (6,), **{n: nn.Linear(6, 6) for n in names}
+    )
+    graphs = exported(canonical, batch)
+    assert not verdict_of(canonical, graphs, batch, tmp_path).failures and set(graphs.plan.integer) == set(names)
+
+
+@dataclasses.dataclass
+class Answer:
+    scores: torch.Tensor
+    more: object
+
+
+@pytest.mark.parametrize("more", [None, "a text", 3, {"text": "a", "none": None, "number": 2.0}, {1, 2}], ids=str)
+def test_a_file_gives_the_tensors_of_any_output(more, tmp_path):
+    canonical, batch = odd(lambda s, x: Answer(s.b(h := F.relu(s.a(x))), [more, h]), (6,), a=nn.Linear(6, 8), b=nn.Linear(8, 4))
+    graphs = exported(canonical, batch)
+    assert [tuple(out.shape) for out in runtime_outputs(graphs.integer, batch)] == [(len(batch), 4), (len(batch), 8)]
+    assert not verdict_of(canonical, graphs, batch, tmp_path).failures
 
 
 @exactly

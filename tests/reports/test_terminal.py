@@ -1,9 +1,12 @@
 """Tables show every cell, and no name controls the terminal."""
 
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from anybit.errors import printable
+from anybit.reports.outcomes import print_runs
 from anybit.reports.terminal import print_explanation, print_inspection, print_table, result_line
 
 
@@ -63,3 +66,9 @@ def test_inspection_truncates_no_name(capsys):
     shown = capsys.readouterr().out
     assert shown.count(name) == 2 and "every layer on integers" in shown
     assert all(text in shown for text in (layer["class"], "1152x1x5x5", "1152x112x112", layer["folds"], "361 M", "1.2 MB"))
+
+
+def test_names_of_folders_cannot_control_the_terminal(calibrated, capsys):
+    print_runs({Path("a\x1b[31m\u202eb\nc"): calibrated[2].report})
+    out, err = capsys.readouterr()
+    assert "\\x1b[31m\\u202eb\\nc" in out and not set(out + err) & set("\x1b\u202e")

@@ -316,3 +316,11 @@ def test_sparse_outputs_are_refused_in_one_line_and_left_out_beside_others(besid
     for verb in (anybit.evaluate, anybit.inspect):
         with pytest.raises(AnybitError, match=r"first output is sparse .*to_dense\(\)"):
             verb(network, data)
+
+
+def test_only_the_output_that_labels_refer_to_is_compared_with_chance():
+    model, x = network(Boxes), inputs(64, shape=(12,))
+    with torch.no_grad():
+        labels = model(x)["scores"].argmax(1)
+    report = anybit.calibrate(model, x, "8bit", test=(x, labels), task="classification", **QUICK).report
+    assert report["float_test"]["top1"] == 100 and not any("most frequent class" in note for note in report.get("notes", []))

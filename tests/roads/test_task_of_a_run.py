@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import anybit
 from anybit.cli.app import app
 from anybit.errors import InvalidInput
+from anybit.progress import listening
 
 N, C = 24, 3
 X = torch.randn(N, 6, generator=torch.Generator().manual_seed(0))
@@ -82,6 +83,20 @@ def test_allocate_and_verify_keep_the_task_of_a_run(runs, tmp_path):
     results["by labels"].export(tmp_path / "net.onnx", data=X, cache=False)
     report = results["by labels"].verify(tmp_path / "net.onnx", data=(X, ONE_HOT), cache=False)
     assert "f1" in report["accuracy"]["exported"]
+
+
+def test_verbs_that_keep_the_task_advise_to_make_another_run(runs, tmp_path):
+    """allocate, extract and verify have no --task; evaluate has one."""
+    advice = r"Make the run with their task= \(classification\)"
+    with pytest.raises(InvalidInput, match=advice):
+        anybit.allocate(runs[0] / "by labels", "5bit", (X, ONE_HOT), Net(), test=(X, CLASSES))
+    with pytest.raises(InvalidInput, match=r"Name their task= \(classification\)"):
+        anybit.evaluate(runs[1]["by labels"], (X, CLASSES))
+    notes = []
+    runs[1]["by labels"].export(tmp_path / "net.onnx", data=X, cache=False)
+    with listening(events=lambda event, fields: notes.append(str(fields.get("note")))):
+        report = runs[1]["by labels"].verify(tmp_path / "net.onnx", data=(X, CLASSES), cache=False)
+    assert "accuracy" not in report and any("labels of the data are not used" in note and "Make the run with" in note for note in notes)
 
 
 def test_search_and_extract_keep_the_task_of_a_supernet():

@@ -226,10 +226,12 @@ def tensors_in(value: Any) -> list[Tensor]:
     """List every tensor in nested tuples, lists, dicts and dataclasses, in order."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in tensors_in(item)]
+    if value is None or isinstance(value, (int, float, str)):  # the most calls
+        return []
     if isinstance(value, (tuple, list)):
         return [tensor for item in value for tensor in tensors_in(item)]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
     if hasattr(value, "__dataclass_fields__"):
         return [tensor for name in value.__dataclass_fields__ for tensor in tensors_in(getattr(value, name))]
     return []

@@ -70,7 +70,7 @@ class Samples:
         generator = torch.Generator().manual_seed(self.seed)
         parts, own = _parts(len(self), size), whole(self.dataset)[1]
         batches = Batches(self.dataset, parts, self._collate, self.name)
-        for part, batch in zip(parts, loaded(batches, self.workers, generator=generator, **self.loading), strict=True):
+        for part, batch in zip(parts, loaded(batches, min(self.workers, len(parts)), generator=generator, **self.loading), strict=True):
             labels, reader = batch.labels if self.labelled else None, batch.reader or self.reader
             if reader is not None and labels is not None:
                 labels = reader.align(labels, batch)

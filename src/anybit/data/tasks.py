@@ -4,8 +4,9 @@ Files, settings and the command line use a task's name; `TASKS` maps names to ta
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -413,6 +414,19 @@ class SeveralOutputs(Task):
         return self.first.loss(self.judged(outputs), labels)
 
 
+_FIXED = ContextVar("fixed", default=False)
+
+
+@contextmanager
+def keeping_task() -> Iterator[None]:
+    """Advise no --task inside the block, or a function that this decorates: one that keeps the task of a run."""
+    token = _FIXED.set(True)
+    try:
+        yield
+    finally:
+        _FIXED.reset(token)
+
+
 def _other_tasks(outputs: Tensor, labels: Tensor) -> str:
     """Return advice on labels that do not fit a task: the tasks whose labels have this form."""
     whole = not labels.is_floating_point()
@@ -426,7 +440,9 @@ def _other_tasks(outputs: Tensor, labels: Tensor) -> str:
     names = ", ".join(name for name, fits in fitting.items() if fits)
     if not names and labels.numel() == outputs.numel() and len(labels) == len(outputs):
         return f"Give them in the outputs' order, {list(outputs.shape)}{_moved(outputs, labels)}."
-    return f"Name their --task ({names}), or score them with --metric." if names else "Give others, or score these with --metric."
+    if not names:
+        return "Give others, or score these with --metric."
+    return f"{'Make the run with' if _FIXED.get() else 'Name'} their --task ({names}), or score them with --metric."
 
 
 def _moved(outputs: Tensor, labels: Tensor) -> str:

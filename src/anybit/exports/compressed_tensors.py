@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anybit.data.batches import check_finite
-from anybit.data.tasks import Metric, check_metric_on, compare_exported, outputs_of
+from anybit.data.tasks import Metric, check_metric_on, compare_exported, keeping_task, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidFile, InvalidSetting, UnsupportedModel
 from anybit.files.strict import json_text, load_tensors, read_header, read_json
@@ -256,6 +256,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
         raise InvalidSetting(f"{path} exists. Choose another --compressed-tensors, or give --overwrite.")
 
 
+@keeping_task()
 def verify_folder(
     run: str | Path,
     folder: str | Path,

@@ -16,7 +16,7 @@ from torch import nn
 from anybit.calls import public
 from anybit.data.batches import Batch, call, check_finite, read_output
 from anybit.data.samples import Samples
-from anybit.data.tasks import Metric, check_metric_on, compare_exported, outputs_of
+from anybit.data.tasks import Metric, check_metric_on, compare_exported, keeping_task, outputs_of
 from anybit.environment import environment
 from anybit.errors import InvalidInput
 from anybit.exports.formats import check_new_file
@@ -107,6 +107,7 @@ def _first(samples: Samples, count: int, model: nn.Module) -> Batch:
 
 @public
 @shown_in_notebooks
+@keeping_task()
 def verify(
     run: Run,
     onnx: str | Path,

@@ -1,6 +1,7 @@
 """Data of one unit: its inputs and outputs in the float network, and its inputs in the quantized network."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,6 +164,10 @@ def carried_side(
 def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the squared error over the target's power, 0-d, without padding by `mask`."""
     output, target = unpadded(output, mask), unpadded(target, mask)
+    # In units of a power of two, which changes no digit: squares of values from 1e19 on, or below 1e-19, are beyond float32.
+    largest = target.detach().abs().amax()
+    unit = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp_min(-126))
+    output, target = output * unit, target * unit
     return (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
 
 
@@ -173,9 +178,9 @@ def unit_error(module: nn.Module, data: UnitData, finish: Callable[[Tensor], Ten
     for indices in data.parts(limit):
         args, kwargs = data.arguments(indices)
         target = unpadded(finish(data.targets(indices)), data.mask(indices))
-        error += float((unpadded(finish(module(*args, **kwargs)), data.mask(indices)) - target).square().sum())
-        power += float(target.square().sum())
-    return error / max(power, 1e-30)
+        error += float((unpadded(finish(module(*args, **kwargs)), data.mask(indices)) - target).double().square().sum())
+        power += float(target.double().square().sum())
+    return error / max(power, sys.float_info.min)
 
 
 def layers_in(module: nn.Module) -> dict[str, QuantizedLayer]:

@@ -378,18 +378,23 @@ def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Ten
     except Exception as error:  # a model's own checks may raise any error
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(batch.inputs))
         message = " ".join(str(error).split()).rstrip(".")
-        remedy = _remedy(message, tensors_in(batch.inputs))
+        remedy = _remedy(message, tensors_in(batch.inputs), model)
         raise InvalidInput(f"The model refuses inputs of shape {shapes}: {type(error).__name__}: {message}. {remedy}") from error
     return observer.finish(output, len(batch)), output
 
 
-def _remedy(message: str, inputs: Sequence[Tensor]) -> str:
+def _remedy(message: str, inputs: Sequence[Tensor], model: nn.Module) -> str:
     """Return what to do about inputs that a network refuses with this message."""
     channels = re.search(r"to have (\d+) channels, but got (\d+) channels", message)
     if channels and channels.groups() == ("1", "3"):
         return "Give grey images: of one channel, or as an array uint8 [N, H, W]."
     if channels and channels.groups() == ("3", "1"):
         return "Give images of three channels: a grey one has its channel three times."
+    other = next(
+        (f"{name} is {one.dtype}" for name, one in model.named_parameters() if one.dtype != torch.float32 and one.is_floating_point()), None
+    )
+    if other is not None and re.search(r"d?type", message):
+        return f"{other}, and anybit computes in float32. Convert the network first: model.float()."
     if re.search(r"d?type", message) and any(not tensor.is_floating_point() for tensor in inputs):
         kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in inputs}))
         return f"The inputs are {kinds}. If the network computes on floats, convert them to float32 first."

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce, wraps
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,8 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None, wiring: Wiri
             quiet(),
             _without_idle_autocast(),
             _gathered_experts(plain),
+            _tensor_outputs(plain),
+            _any_names(),
             torch.no_grad(),
         ):  # so that a forward that turns gradients off stays one graph
             program = torch.onnx.export(plain, **passed, dynamo=True, **settings)
@@ -162,6 +164,38 @@ def _exported(plain: nn.Module, inputs: Inputs, length: int | None, wiring: Wiri
                 "The network's forward fixes the size of the batch (by len(x), or int(x.shape[0])). Let it use x.shape[0] as it is, or -1."
             )
     return graph
+
+
+@contextmanager
+def _any_names() -> Iterator[None]:
+    """Let modules have any name, such as "in" of a dictionary of layers, which the exporter otherwise writes into code as it is."""
+    written = torch.fx.graph._format_target
+    torch.fx.graph._format_target = lambda base, target: reduce(lambda of, name: f"getattr({of}, {name!r})", target.split("."), base)
+    try:
+        yield
+    finally:
+        torch.fx.graph._format_target = written
+
+
+@contextmanager
+def _tensor_outputs(model: nn.Module) -> Iterator[None]:
+    """Let the forward return its tensors alone, in order: exporters refuse dataclasses, and texts or numbers beside the tensors."""
+    forward = model.forward
+
+    @wraps(forward)
+    def tensors(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        return output if isinstance(output, Tensor) else tuple(tensors_in(output))
+
+    own = vars(model).get("forward")
+    model.forward = tensors
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 def _forget_recurrent_kernels() -> None:

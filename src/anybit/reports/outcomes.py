@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anybit.reports.terminal import print_frontier, print_report, print_search, print_supernet, result_line
+from anybit.errors import printable
+from anybit.reports.terminal import print_frontier, print_line, print_report, print_search, print_supernet, result_line
 from anybit.reports.words import drop_interval
 
 
@@ -18,12 +19,12 @@ def print_runs(reports: Mapping[Path, Mapping[str, Any]], details: bool = True) 
         print_frontier(reports.values())
     last = list(reports)[-1]
     if details and (line := drop_line(reports[last])):
-        print(line)
+        print_line(line)
     for folder, report in reports.items():
-        print(f"{folder}: {result_line(report)}")
+        print_line(f"{folder}: {result_line(report)}")
     if details:  # stdout is for results
         following = f"anybit export {shlex.quote(str(last))} --onnx={shlex.quote(f'{last.name}.onnx')}"
-        print(f"Next: {following}, or open {last / 'report.html'}", file=sys.stderr)
+        print(printable(f"Next: {following}, or open {last / 'report.html'}"), file=sys.stderr)
 
 
 def drop_line(report: Mapping[str, Any]) -> str:
@@ -41,10 +42,10 @@ def print_trained(folder: Path, report: Mapping[str, Any], details: bool = True)
     """Print a trained supernet."""
     if details:
         print_supernet(report)
-    print(f"{folder}: a supernet of {', '.join(report['subnets'])}")
+    print_line(f"{folder}: a supernet of {', '.join(report['subnets'])}")
 
 
 def print_searched(folder: Path, report: Mapping[str, Any], details: bool = True) -> None:
     """Print a searched supernet."""
     print_search(report, front=details)
-    print(f"{folder}: {len(report['front'])} schemes on the Pareto front, of {len(report['evaluated'])} evaluated")
+    print_line(f"{folder}: {len(report['front'])} schemes on the Pareto front, of {len(report['evaluated'])} evaluated")

@@ -93,6 +93,9 @@ class Page(NamedTuple):
 
     html: str
 
+    def __repr__(self) -> str:
+        return f"<anybit page of {len(self.html) / 1000:.0f} kB: save(path) writes it, and a notebook shows it>"
+
     def _repr_html_(self) -> str:
         """Show the page in an iframe, because it has its own style and script."""
         return f'<iframe srcdoc="{html.escape(self.html)}" width="100%" height="640" style="border: 0"></iframe>'

@@ -41,7 +41,7 @@ def _is_numeric(cell: str) -> bool:
     return cell[:1].isdigit() or cell[:1] in "-"
 
 
-def _print_line(words: str) -> None:
+def print_line(words: str) -> None:
     print(printable(words))
 
 
@@ -67,7 +67,7 @@ def print_report(report: Report) -> None:
         print_table("Units (relative error on held-out inputs)", ["unit", "before", "after", "steps kept"], errors)
     if "latency" in report:
         times = {kind: milliseconds(seconds) for kind, seconds in report["latency"].items()}
-        print(f"Latency: predicted {times['predicted']}, measured {times['exported']}, float32 {times['float32']}")
+        print_line(f"Latency: predicted {times['predicted']}, measured {times['exported']}, float32 {times['float32']}")
     stages = [[stage["stage"], f"{stage['seconds']:.1f} s", human_bytes(stage["peak_bytes"])] for stage in report["stages"]]
     print_table("Stages", ["stage", "time", "peak memory"], stages)
 
@@ -186,10 +186,10 @@ def print_search(report: Report, front: bool = True) -> None:
         columns = [report["quantity"], report["score"], "measured again", "proposed by"]
         print_table("Pareto front (held-out inputs; measured again on others)", columns, rows)
     ranked = "" if report["rank_correlation"] is None else f", rank correlation of the predictor {report['rank_correlation']:.3f}"
-    print(f"hypervolume {report['hypervolume']['value']:.4g}{ranked}, {report['recalled']} results recalled")
+    print_line(f"hypervolume {report['hypervolume']['value']:.4g}{ranked}, {report['recalled']} results recalled")
     for budget, row in report["budgets"].items():
         timed = f", {milliseconds(row['latency'])} predicted" if "latency" in row else ""
-        print(f"{budget}: {row['weight_bits']:.2f} bits, {human_bytes(row['bytes'])}, {human_count(row['bops'])} BOPs{timed}")
+        print_line(f"{budget}: {row['weight_bits']:.2f} bits, {human_bytes(row['bytes'])}, {human_count(row['bops'])} BOPs{timed}")
 
 
 # An inspected network
@@ -206,7 +206,7 @@ def print_inspection(inspection: Report, layers: bool = True) -> None:
         for bits, row in inspection["uniform"].items()
     ]
     print_table(f"Whole network (float32: {human_bytes(inspection['float_bytes'])})", columns, rows)
-    _print_line(export_line(inspection["export"]))
+    print_line(export_line(inspection["export"]))
     if not ran:
         print("Shapes, BOPs, folded batch norms and unused layers need --data; sizes are those without folding.")
 
@@ -227,11 +227,11 @@ def _print_layers(inspection: Report, ran: bool) -> None:
     sizes = [[name, *map(human_bytes, layer["bytes"].values())] for name, layer in inspection["layers"].items()]
     print_table("Bytes of each layer", ["layer", *(f"W{bits}" for bits in inspection["uniform"])], sizes)
     for name, reason in inspection["uncovered"].items():
-        _print_line(f"not covered: {name}: {reason}")
+        print_line(f"not covered: {name}: {reason}")
     for name, reason in inspection["unfolded"].items():
-        _print_line(f"not folded: {name}: {reason}")
+        print_line(f"not folded: {name}: {reason}")
     if inspection.get("unread"):  # older inspections have none
-        _print_line(f"on which no compared output depends: {', '.join(inspection['unread'])}")
+        print_line(f"on which no compared output depends: {', '.join(inspection['unread'])}")
 
 
 def _layer_row(name: str, layer: Report, ran: bool) -> list[Any]:
@@ -250,7 +250,9 @@ def print_profile(profile: Report, layers: bool = True) -> None:
         print_table("Microseconds of one sample", ["layer", "float32", "int8", "boundaries, if float alone"], rows)
     times = {kind: milliseconds(seconds) for kind, seconds in profile["measured"].items()}
     recalled = " (measured before)" if profile["recalled"] else ""
-    print(f"whole network: float32 {times['float32']}, 8 bits {times['int8']}, every second layer float {times['alternating']}{recalled}")
+    print_line(
+        f"whole network: float32 {times['float32']}, 8 bits {times['int8']}, every second layer float {times['alternating']}{recalled}"
+    )
 
 
 # An exported file or folder
@@ -266,25 +268,27 @@ def print_verdict(verdict: Report, numbers: bool = True) -> None:
 
 
 def _print_kernels(verdict: Report) -> None:
-    print(f"{len(verdict['kernels'])} of {verdict['quantized_layers']} layers run on integer kernels" + ("" if verdict["floats"] else "."))
+    print_line(
+        f"{len(verdict['kernels'])} of {verdict['quantized_layers']} layers run on integer kernels" + ("" if verdict["floats"] else ".")
+    )
     for name, reason in verdict["floats"].items():
-        _print_line(f"  in float: {name}: {reason}")
+        print_line(f"  in float: {name}: {reason}")
     if verdict["advice"]:
-        _print_line(verdict["advice"])
+        print_line(verdict["advice"])
 
 
 def _print_equality(verdict: Report) -> None:
     """Print whether the runtime equals the integer reference, and where input codes flip."""
     numbers, flipped = verdict["numbers"], verdict["simulation"]["flipped_codes"]
     if "bitwise" in verdict["skipped"]:
-        print(f"not checked here: equality with the integer reference: {verdict['skipped']['bitwise']}.")
+        print_line(f"not checked here: equality with the integer reference: {verdict['skipped']['bitwise']}.")
     else:
-        print(f"The runtime's outputs are {'' if numbers['bitwise'] else 'not '}bit for bit equal to the integer reference.")
+        print_line(f"The runtime's outputs are {'' if numbers['bitwise'] else 'not '}bit for bit equal to the integer reference.")
     if numbers["in_float"]:
-        _print_line(f"  computed in float between integers: {', '.join(numbers['in_float'])}")
+        print_line(f"  computed in float between integers: {', '.join(numbers['in_float'])}")
     if flipped:
         layer, share = max(flipped.items(), key=lambda item: item[1])
-        _print_line(f"Input codes that differ from the simulation: at most {100 * share:.2f} %, in {layer}")
+        print_line(f"Input codes that differ from the simulation: at most {100 * share:.2f} %, in {layer}")
 
 
 def _print_simulation(verdict: Report) -> None:
@@ -293,54 +297,54 @@ def _print_simulation(verdict: Report) -> None:
     line = f"Compared with the simulation on {verdict['inputs']} inputs: largest difference {simulation['largest_difference']:.4g}"
     line += f" (largest output {simulation['largest_output']:.4g})"
     several = simulation.get("outputs", {})
-    print(line + (f", top-1 agreement {simulation['agreement']:.2f} %" if "agreement" in simulation and not several else ""))
+    print_line(line + (f", top-1 agreement {simulation['agreement']:.2f} %" if "agreement" in simulation and not several else ""))
     for name, apart in several.items():
-        _print_line(f"  output {name}: largest difference {apart['largest_difference']:.4g} (largest {apart['largest_output']:.4g})")
+        print_line(f"  output {name}: largest difference {apart['largest_difference']:.4g} (largest {apart['largest_output']:.4g})")
     for kind, scores in verdict.get("accuracy", {}).items():
-        print(f"{kind}, on these inputs: {scores_line(scores)}")
+        print_line(f"{kind}, on these inputs: {scores_line(scores)}")
 
 
 def _print_outcome(verdict: Report) -> None:
     for failure in verdict["failures"]:
-        _print_line(f"FAILED: {failure}")
+        print_line(f"FAILED: {failure}")
     failed = len(verdict["failures"])
-    print("verified" if verdict["ok"] else f"not verified: {failed} check{'s' * (failed > 1)} failed")
+    print_line("verified" if verdict["ok"] else f"not verified: {failed} check{'s' * (failed > 1)} failed")
 
 
 def print_file(report: Mapping[str, Any], details: bool = True) -> None:
     """Print the contents of an exported ONNX file."""
     over = 100 * (report["bytes"] / report["ideal_bytes"] - 1) if report["ideal_bytes"] else 0
     ideal = human_bytes(report["ideal_bytes"])
-    print(f"{report['file']}: {human_bytes(report['bytes'])}, {over:.1f} % above the {ideal} that its bits need")
+    print_line(f"{report['file']}: {human_bytes(report['bytes'])}, {over:.1f} % above the {ideal} that its bits need")
     if details:
-        print(f"{report['integer_layers']} of {report['layers']} layers on integers")
+        print_line(f"{report['integer_layers']} of {report['layers']} layers on integers")
     if details and report["measured_edges"]:
         count = len(report["measured_edges"])
-        print(f"{count} tensors between operators have no range in the run; their ranges were measured on the inputs of this export.")
+        print_line(f"{count} tensors between operators have no range in the run; their ranges were measured on the inputs of this export.")
 
 
 def print_folder(exported: Report, details: bool = True) -> None:
     """Print the contents of an exported folder, and what its format cannot store."""
     size = human_bytes(exported["bytes"])
-    print(f"{exported['folder']}: {size}, {exported['packed']} of {exported['layers']} quantized weights packed")
+    print_line(f"{exported['folder']}: {size}, {exported['packed']} of {exported['layers']} quantized weights packed")
     if exported["dense"] and details:
-        _print_line(f"in float32 with the values of their codes ({human_bytes(exported['dense_bytes'])}): {some(exported['dense'])}")
+        print_line(f"in float32 with the values of their codes ({human_bytes(exported['dense_bytes'])}): {some(exported['dense'])}")
     if details:
         _print_float_inputs(exported)
 
 
 def _print_float_inputs(exported: Report) -> None:
     if exported["float_inputs"]:
-        _print_line(f"float, because the format has no quantizer for their inputs: {some(exported['float_inputs'])}")
+        print_line(f"float, because the format has no quantizer for their inputs: {some(exported['float_inputs'])}")
 
 
 def print_folder_verdict(verdict: Report, numbers: bool = True) -> None:
     """Print the checks of an exported folder and, with `numbers`, its comparison with the simulation."""
     for reason in verdict["skipped"].values():
-        _print_line(f"not checked here: {reason}")
+        print_line(f"not checked here: {reason}")
     if "simulation" in verdict and numbers:
         _print_float_inputs(verdict)
-        print(f"Every number of {verdict['packed']} packed layers and of all others equals the run's.")
+        print_line(f"Every number of {verdict['packed']} packed layers and of all others equals the run's.")
         _print_simulation(verdict)
     _print_outcome(verdict)
 
@@ -349,7 +353,7 @@ def print_bench(bench: Report) -> None:
     """Print the size against the bits, and the latency against float32 in each runtime."""
     over = 100 * (bench["bytes"] / max(bench["ideal_bytes"], 1) - 1)
     smaller = bench["float_bytes"] / bench["bytes"]
-    print(f"{human_bytes(bench['bytes'])}: {over:.1f} % above its bits, {smaller:.2f}x smaller than float32")
+    print_line(f"{human_bytes(bench['bytes'])}: {over:.1f} % above its bits, {smaller:.2f}x smaller than float32")
     for runtime in ("onnxruntime", "openvino"):
         if runtime in bench:
             faster = bench[runtime]["faster"]
@@ -366,7 +370,7 @@ def print_difference(difference: Report) -> None:
     """Print the differences between two runs, one table per section; of the units, those whose error changed most."""
     if difference["same"]:
         first, second = difference["runs"]
-        print(f"{first} and {second} are identical: settings, bits, measurements and packed weights.")
+        print_line(f"{first} and {second} are identical: settings, bits, measurements and packed weights.")
         return
     sections = dict(difference["differences"])
     across_roads = "road" in sections.get("run", {})
@@ -375,11 +379,11 @@ def print_difference(difference: Report) -> None:
     _print_sections(sections, _columns(difference["runs"]), across_roads)
     others = {name: sum(1 for _ in _leaves(piece)) for name, piece in sections.items() if name not in SHOWN}
     if others:
-        print("Other differences (--json shows them): " + ", ".join(f"{name} ({count})" for name, count in others.items()))
+        print_line("Other differences (--json shows them): " + ", ".join(f"{name} ({count})" for name, count in others.items()))
     if across_roads:
         print("Entries of only one of the workflows are left out (--json shows them).")
     same = "the same bytes" if difference["same_weights"] else "not the same bytes"
-    print(f"{difference['shared_layers']} layers are in both; the packed weights are {same}.")
+    print_line(f"{difference['shared_layers']} layers are in both; the packed weights are {same}.")
 
 
 def _columns(runs: Sequence[str]) -> Sequence[str]:
@@ -431,7 +435,7 @@ def print_explanation(explanation: Report) -> None:
     if isinstance(explanation.get("candidates"), Mapping):
         _print_candidates(explanation)
     for sentence in explanation["why"]:
-        _print_line(sentence)
+        print_line(sentence)
 
 
 def _print_candidates(explanation: Report) -> None:
@@ -447,7 +451,7 @@ def _print_candidates(explanation: Report) -> None:
 def print_cache(cache: Report) -> None:
     """Print the contents of the cache, and what was removed."""
     for path, reason in cache["damaged"].items():
-        _print_line(f"damaged and removed: {path}: {reason}")
+        print_line(f"damaged and removed: {path}: {reason}")
     if cache["removed_bytes"]:
-        print(f"{human_bytes(cache['removed_bytes'])} removed")
-    print(f"{cache['folder']}: {cache['results']} results, {human_bytes(cache['bytes'])} of at most {human_bytes(cache['limit'])}")
+        print_line(f"{human_bytes(cache['removed_bytes'])} removed")
+    print_line(f"{cache['folder']}: {cache['results']} results, {human_bytes(cache['bytes'])} of at most {human_bytes(cache['limit'])}")

@@ -13,8 +13,8 @@ from anybit.allocation.sensitivity import SensitivityTable, rows_to_measure
 from anybit.budget import DROP, Budget
 from anybit.calls import public
 from anybit.data.batches import check_finite, check_finite_outputs
-from anybit.data.samples import draw, mirrored, split
-from anybit.data.tasks import Metric, joined, labels_fit, labels_in, outputs_of_each, task_of
+from anybit.data.samples import Calibration, draw, mirrored, split
+from anybit.data.tasks import Metric, joined, keeping_task, labels_fit, labels_in, outputs_of_each, task_of
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.files.cache import open_cache
@@ -22,12 +22,12 @@ from anybit.files.contents import contents_of, digest
 from anybit.networks.candidates import Candidates, to_tensors
 from anybit.networks.layers import float_bias
 from anybit.networks.observed import ObservedNetwork, observe_network
-from anybit.progress import plan
+from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
+from anybit.roads import expected
 from anybit.roads.calibrate import finish
-from anybit.roads.expected import Calibration
 from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, on_device, read_alike
-from anybit.roads.keys import key_of_run, weights_digest
+from anybit.roads.keys import data_digest, key_of_run, weights_digest
 from anybit.roads.latencies import with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.result import Result
@@ -45,6 +45,7 @@ from anybit.sources.preprocessing import Preprocessing
 
 @public
 @shown_in_notebooks
+@keeping_task()
 def allocate(
     run: str | Path,
     budget: str | Budget,
@@ -106,6 +107,7 @@ def allocate(
         _check_shapes(network, shapes, folder)
         check_saved(network, candidates, table, saved["choices"], place)
         _check_weights(network, saved.get("network"), folder)
+        notes = [] if data is not None or batch_size is not None else _notes_on_data(calibration, saved.get("data"), folder)
         if set(candidates.edges) != set(network.wiring.edges()):  # a run that rounded none
             candidates = replace(candidates, edges=edge_candidates(network, calibration, settings))
         started = time.perf_counter()
@@ -121,11 +123,11 @@ def allocate(
     judge = Judge(network, candidates, calibration.held_out, reference, task, metric, entries, scored)
     light = replace(settings, sequential=False, bias_tuning=False)
     tested = 0 if tests is None else len(tests)
-    plan(Calibration.of_network(network, light, calibration.count(), tested, 1, forward).of_allocation())
+    plan(expected.Calibration.of_network(network, light, calibration.count(), tested, 1, forward).of_allocation())
     if metric is not None and labels is not None:
         judge.of_outputs(reference)  # a failing metric raises before the work
     float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
-    bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets, float_test=float_test)
+    bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets, float_test=float_test, notes=notes)
     provenance = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
     if data is not None:
         provenance["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
@@ -133,7 +135,7 @@ def allocate(
         bench,
         Budget.parse(budget),
         provenance,
-        {key: saved[key] for key in ("table", "choices", "settings", "network") if key in saved},
+        {key: saved[key] for key in ("table", "choices", "settings", "network", "data") if key in saved},
         clock,
     )
 
@@ -153,6 +155,18 @@ def _check_weights(network: ObservedNetwork, digest_in_run: str | None, folder: 
             f"The weights are not those that {folder} was calibrated from: they were trained since, or belong to another network. Give "
             "the original ones (--model), or run calibrate on these."
         )
+
+
+def _notes_on_data(calibration: Calibration, digest_in_run: str | None, folder: Path) -> list[str]:
+    """Print and return a note if the recorded data, in the run's own batches, have changed since; old runs have no digest."""
+    if digest_in_run in (None, data_digest(calibration)):
+        return []
+    note = (
+        f"the data have changed since {folder} was made: its candidates and sensitivities are of the earlier data, and the scheme is "
+        "measured on these. Run `calibrate` again to fit these"
+    )
+    tell("note", note=note)
+    return [note]
 
 
 def _table_from(data: Any, path: Path) -> SensitivityTable:

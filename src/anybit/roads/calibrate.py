@@ -57,6 +57,7 @@ from anybit.roads.keys import (
     SENSITIVITY,
     SOLVING,
     cached_candidates,
+    data_digest,
     key_of_run,
     keyed_by_settings,
     weights_digest,
@@ -147,6 +148,7 @@ def calibrate(
         "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
         "settings": options.to_json(),
         "network": weights_digest(bench.network),
+        "data": data_digest(bench.calibration),
     }
     results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages))) for one in budgets]
     report_and_trim(entries)

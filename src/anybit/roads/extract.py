@@ -15,7 +15,7 @@ from anybit.budget import LATENCY, Budget
 from anybit.calls import public
 from anybit.data.batches import Batch, check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
-from anybit.data.tasks import Metric, outputs_of, outputs_of_each, task_of
+from anybit.data.tasks import Metric, keeping_task, outputs_of, outputs_of_each, task_of
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidFile, InvalidSetting
@@ -107,6 +107,7 @@ def polished(
 @public
 @shown_in_notebooks
 @takes(CalibrateSettings, only=POLISH)
+@keeping_task()
 def extract(
     run: str | Path | Supernet,
     budget: str | Budget | None = None,

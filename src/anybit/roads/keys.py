@@ -34,14 +34,21 @@ def key_of_run(
     """Key `recall` by everything that a network's ranges depend on: its weights, code and attributes, inputs and float `outputs`, layers
     and choices, settings, anybit's code, and the machine."""
     early = {key: value for key, value in settings.to_json().items() if key not in (*SOLVING, *MATCHING, *PARALLEL, *SENSITIVITY, *LATER)}
-    data = [tensor for batch in [*calibration.fitting, *calibration.held_out] for tensor in tensors_in([batch.inputs, batch.labels])]
     operations = [[op.name, op.kind, list(op.shape)] for op in network.wiring.operations]
     choices = {name: [str(precision) for precision in precisions] for name, precisions in network.choices.items()}
     units = [[unit.name, list(unit.layers)] for unit in network.units]
     return recall.keyed(
-        code_version(), machine(data[0].device), digest(network.float_model.state_dict()), network_contents(network.float_model),
-        digest(data), digest(outputs), operations, choices, units, early,
+        code_version(), machine(first_tensor(calibration.fitting[0].inputs).device),
+        digest(network.float_model.state_dict()), network_contents(network.float_model),
+        data_digest(calibration), digest(outputs), operations, choices, units, early,
     )  # fmt: skip
+
+
+def data_digest(calibration: Calibration) -> str:
+    """Return the SHA-256 of the inputs and labels of a run."""
+    return digest(
+        [tensor for batch in [*calibration.fitting, *calibration.held_out] for tensor in tensors_in([batch.inputs, batch.labels])]
+    )
 
 
 def weights_digest(network: ObservedNetwork) -> str:

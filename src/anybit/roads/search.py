@@ -15,7 +15,7 @@ from anybit.budget import BYTES, PERCENT, Budget, check_is_counted, cost_quantit
 from anybit.calls import public
 from anybit.data.batches import Batch, check_finite
 from anybit.data.samples import Samples
-from anybit.data.tasks import TASKS, Metric, metric_name
+from anybit.data.tasks import TASKS, Metric, keeping_task, metric_name
 from anybit.environment import environment
 from anybit.errors import AnybitError, InfeasibleBudget, InvalidFile, InvalidInput, InvalidSetting
 from anybit.files.cache import Cache, Entry, open_cache
@@ -290,6 +290,7 @@ def best_within(folder: Any, supernet: Supernet, budget: Budget) -> Scheme:
 @public
 @shown_in_notebooks
 @takes(SearchSettings)
+@keeping_task()
 def search(
     run: str | Path | Supernet,
     data: Any = None,

@@ -235,6 +235,7 @@ def float_tested(
 def chance_in_words(outputs: Tensor, labels: Tensor, task: Task, where: str) -> str:
     """Write a note on a network that classifies no better than by always naming the most frequent class; empty where it does, or where
     the samples are too few to know. Weights that were not loaded show by this."""
+    outputs = task.judged(outputs)
     if task.counted != "top1" or labels.dim() != 1 or labels.is_complex() or outputs.dim() != 2 or len(labels) < KNOWN:
         return ""
     right = float((outputs.argmax(1).cpu() == labels.cpu()).double().mean())
@@ -242,8 +243,9 @@ def chance_in_words(outputs: Tensor, labels: Tensor, task: Task, where: str) -> 
     if frequent == 1 or right > frequent + 2 * math.sqrt(frequent * (1 - frequent) / len(labels)):
         return ""
     return (
-        f"the float network's top-1 accuracy on the {where} is {100 * right:.1f} %, no better than always naming the most frequent class "
-        f"({100 * frequent:.1f} %): its weights may not be loaded (--weights=FILE), or the labels numbered otherwise than its outputs"
+        f"the float network's top-1 accuracy on the {where} is {100 * right:.1f} %, which {len(labels)} samples do not distinguish "
+        f"from always naming the most frequent class ({100 * frequent:.1f} %): its weights may not be loaded (--weights=FILE), or the "
+        "labels numbered otherwise than its outputs"
     )
 
 

@@ -46,6 +46,7 @@ class CandidatesFile(BaseModel):
     choices: dict[str, list[str]]
     settings: dict[str, Any]
     network: str | None = None
+    data: str | None = None
     digest: str
 
 

@@ -38,7 +38,7 @@ from anybit.sources.images import ImageFolder
 from anybit.sources.items import as_column, is_batch, read_items, rows_of, runs, samples_of_items
 from anybit.sources.models import huggingface, is_transformers
 from anybit.sources.preprocessing import Preprocessing
-from anybit.sources.references import check_data, is_of_arrays, split_subset
+from anybit.sources.references import check_data, check_part, is_of_arrays, split_subset
 
 BYTES = 2**31
 """Most bytes held of an iterable of unknown length; more are an error."""
@@ -60,6 +60,7 @@ def load_data(
     """Return the samples that `reference` names: an image folder, `file.npy`, `file.npz` or `file.npz#test`, texts, or a function that
     returns a data set or loader. Texts are tokenized by the tokenizer of `model`, and arrays may have the names of its inputs."""
     path, subset = split_subset(reference)
+    check_part(path, subset)
     if is_of_arrays(path) and not Path(path).is_dir():
         if preprocessing.size or preprocessing.resize:
             raise InvalidSetting("--size and --resize apply to image folders; images in arrays are used unchanged.")

@@ -181,9 +181,18 @@ def split_subset(reference: str) -> tuple[str, str]:
     return reference[:place], reference[place + 1 :]
 
 
+def check_part(path: str, subset: str) -> None:
+    """Raise InvalidInput if `path` exists and has no parts that `#` could name, as only .npz files and hf: data sets have."""
+    if not subset or path.startswith("hf:") or not Path(path).exists() or (suffix_of(path) == ".npz" and Path(path).is_file()):
+        return
+    folder = f", or the folder {path}/{subset}" if (Path(path) / subset).is_dir() else ""
+    raise InvalidInput(f"{path} has no parts, so #{subset} names nothing; those of .npz files do. Name {path} alone{folder}.")
+
+
 def check_data(reference: str) -> None:
     """Raise InvalidInput or InvalidFile if `--data`, `--train` or `--test` names no inputs."""
-    path, _ = split_subset(reference)
+    path, subset = split_subset(reference)
+    check_part(path, subset)
     place = Path(path)
     if place.is_dir():
         check_package("PIL", reference)
