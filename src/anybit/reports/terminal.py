@@ -313,9 +313,8 @@ def _print_outcome(verdict: Report) -> None:
 
 def print_file(report: Mapping[str, Any], details: bool = True) -> None:
     """Print the contents of an exported ONNX file."""
-    over = 100 * (report["bytes"] / report["ideal_bytes"] - 1) if report["ideal_bytes"] else 0
-    ideal = human_bytes(report["ideal_bytes"])
-    print_line(f"{report['file']}: {human_bytes(report['bytes'])}, {over:.1f} % above the {ideal} that its bits need")
+    size, packed = human_bytes(report["bytes"]), human_bytes(report["ideal_bytes"])
+    print_line(f"{report['file']}: {size}, of which the packed weights take {packed}")
     if details:
         print_line(f"{report['integer_layers']} of {report['layers']} layers on integers")
     if details and report["measured_edges"]:
@@ -351,9 +350,9 @@ def print_folder_verdict(verdict: Report, numbers: bool = True) -> None:
 
 def print_bench(bench: Report) -> None:
     """Print the size against the bits, and the latency against float32 in each runtime."""
-    over = 100 * (bench["bytes"] / max(bench["ideal_bytes"], 1) - 1)
+    size, packed = human_bytes(bench["bytes"]), human_bytes(bench["ideal_bytes"])
     smaller = bench["float_bytes"] / bench["bytes"]
-    print_line(f"{human_bytes(bench['bytes'])}: {over:.1f} % above its bits, {smaller:.2f}x smaller than float32")
+    print_line(f"{size}, of which the packed weights take {packed}: {smaller:.2f}x smaller than float32")
     for runtime in ("onnxruntime", "openvino"):
         if runtime in bench:
             faster = bench[runtime]["faster"]
