@@ -260,7 +260,7 @@ def _nested_arrays(data: Any) -> _Nested | None:
     labels = _as_array(data[1])
     if not _is_array(labels) or not all(map(_is_array, inputs.values())):
         return None
-    arrays = {name if isinstance(data[0], Mapping) else f"input {name}": array_of(array) for name, array in inputs.items()}
+    arrays = {str(name) if isinstance(data[0], Mapping) else f"input {name}": array_of(array) for name, array in inputs.items()}
     checked = samples_of_arrays(arrays, array_of(labels), 0, where="The data: ").dataset
     assert isinstance(checked, NamedArrays | ArrayDataset)
     own = map(ArrayDataset, arrays.values())
@@ -364,7 +364,8 @@ def _held(elements: Iterable[Any], batches: bool, most: int | None) -> list[Any]
 
 def _sampled(loader: DataLoader) -> Any:
     """Return the loader's data set, or the subset that its sampler names; other samplers are noted, since samples are drawn here."""
-    batches, sampler = loader.batch_sampler, loader.sampler
+    batches = loader.batch_sampler
+    sampler: Any
     if type(batches) is BatchSampler:
         sampler = batches.sampler
     elif isinstance(batches, Sequence):

@@ -138,8 +138,8 @@ def _with_parts(form: Form, first: Any, tries: "_Tries") -> Form:
     if not isinstance(first, Mapping):
         return replace(form, parts=len(first))
     takes = tries.takes
-    anything = form.whole or takes is None or takes.more_named
-    return replace(form, parts=frozenset(first), names=None if anything else frozenset(takes.parameters) | frozenset(LABELS))
+    names = None if form.whole or takes is None or takes.more_named else frozenset((*takes.parameters, *LABELS))
+    return replace(form, parts=frozenset(first), names=names)
 
 
 @torch.no_grad()
