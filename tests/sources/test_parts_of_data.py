@@ -74,6 +74,15 @@ def test_parts_that_only_later_items_have_are_refused(case):
     assert "other parts" in message or "cannot be joined" in message
 
 
+@pytest.mark.parametrize("texts", [False, True])
+def test_samples_whose_dictionaries_differ_are_refused(texts):
+    mask = {"attention_mask": torch.ones(3)} if texts else {}
+    items = [{"a": X[0]} | mask, {"a": X[0], "b": Z[0]} | mask]
+    for some in (items, items[::-1]):
+        samples = anybit.Samples(some, labelled=False)
+        assert "other parts" in refusal(lambda samples=samples: list(as_samples(samples, 0, MODEL).batches(2)))
+
+
 def test_unused_parts_of_some_items_are_allowed():
     items = [{"a": x, "labels": int(y)} | {"weight": 0.5, "b": None} for x, y in zip(X, Y, strict=True)]
     items[0] = {"a": X[0], "labels": int(Y[0])}

@@ -273,8 +273,9 @@ def _to_one_length(values: list, fill: int) -> list:
 
 
 def stacked(items: list) -> Any:
-    """Stack items into one batch, tensor by tensor, with texts padded to one length. Raises InvalidInput if their shapes differ."""
+    """Stack items into one batch, tensor by tensor, with texts padded to one length. Raises InvalidInput if their shapes or names differ."""
     check_plain(items)
+    _check_names(items)
     try:
         return default_collate(padded(items, [])[0])
     except TypeError as error:
@@ -284,6 +285,18 @@ def stacked(items: list) -> Any:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InvalidInput(f"The samples do not fit into one batch: {reason}. {_same_shape(items)}") from error
+
+
+def _check_names(items: list) -> None:
+    """Raise InvalidInput if dictionaries have other entries than the first: those of some items alone would be left out."""
+    if not all(isinstance(item, Mapping) for item in items):
+        return
+    other = next((item for item in items if set(item) != set(items[0])), None)
+    if other is not None:
+        raise InvalidInput(
+            f"An item of the data, a dict of {', '.join(map(str, other))}, has other parts than the first, a dict of "
+            f"{', '.join(map(str, items[0]))}. Give all items the same parts."
+        )
 
 
 def _same_shape(items: list) -> str:
