@@ -29,7 +29,7 @@ class Samples:
     model's output for these samples. `black` is the value of a black pixel in each channel, or in all, if known. An array data set returns
     whole batches through `__getitems__`. `name` is the data set's name in messages.
     `classes`: labels are class numbers, although they are stored as floats or in a column; `one_hot`: they are zeros and a one for each
-    class, along this dimension of a batch's labels.
+    class, along this dimension of a batch's labels. `unlabelled` is a sentence that says why there are no labels, with a space at its end.
     """
 
     dataset: Dataset | Sequence
@@ -45,6 +45,7 @@ class Samples:
     name: str = ""
     classes: bool = False
     one_hot: int | None = None
+    unlabelled: str = ""
 
     def __len__(self) -> int:
         return length_of(self.dataset, self.name)

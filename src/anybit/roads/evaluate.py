@@ -53,6 +53,8 @@ def evaluate(
     check_inputs(network, samples)
     samples = compared(network, samples, outputs or recorded, task)
     check_outputs(network, first_samples(samples.on(device)).to(device))
+    if not samples.labelled:
+        raise InvalidInput(f"Evaluation needs labels, and this data has none. {samples.unlabelled}Give a labelled set to --data or --test.")
     scores = evaluate_model(network, samples.on(device).batches(batch_size), task, metric)
     tell("result", **scores)
     return scores

@@ -90,7 +90,10 @@ def described_inputs(provenance: Mapping[str, Any], network: ObservedNetwork, mo
 
 def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
     if metric is not None and not samples.labelled:
-        raise InvalidSetting("A metric needs labels, and these inputs have none. Give labelled data to --data or --test, or drop --metric.")
+        raise InvalidSetting(
+            f"A metric needs labels, and these inputs have none. {samples.unlabelled}Give labelled data to --data or --test, or drop "
+            "--metric."
+        )
     if samples.reader is not None and samples.reader.task is not None:
         check_metric(metric, samples.reader.task)
 
@@ -98,7 +101,7 @@ def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
 def checked_tests(samples: Samples, model: nn.Module) -> Samples:
     """Return the test samples. Raises InvalidInput before any work if they have no labels or do not fit the model."""
     if not samples.labelled or len(samples) == 0:
-        raise InvalidInput("The test data has no samples with labels. Give a labelled set to --test, or leave it out.")
+        raise InvalidInput(f"The test data has no samples with labels. {samples.unlabelled}Give a labelled set to --test, or leave it out.")
     check_inputs(model, samples)
     return samples
 

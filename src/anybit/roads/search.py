@@ -207,7 +207,7 @@ def run_search(
 def _split_samples(supernet: Supernet, samples: Samples, settings: SearchSettings) -> tuple[Samples, int, list[Batch], list[Batch]]:
     """Return (training samples, number of held-out samples to search on, these as batches, as many others to measure the front on)."""
     if not samples.labelled:
-        raise InvalidInput("The search needs labels: subnets are ranked by their accuracy. Give labelled data.")
+        raise InvalidInput(f"The search needs labels: subnets are ranked by their accuracy. {samples.unlabelled}Give labelled data.")
     fitting, held_out = held_out_split(samples, supernet.settings)
     images = min(settings.images, len(held_out) // 2)
     if images < 1:

@@ -85,7 +85,8 @@ def array_of(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
 def _numbers(array: np.ndarray, name: str, where: str) -> np.ndarray:
     """Return the array in this machine's byte order, in a type that PyTorch supports. Raises InvalidInput if it holds no numbers."""
     if array.dtype.kind in KINDS:
-        cure = "numpy.unique(y, return_inverse=True)[1] numbers them" if name in ("y", "labels") else "Turn them into numbers first"
+        labels = name in ("y", "labels") or name.startswith("rows")
+        cure = "numpy.unique(y, return_inverse=True)[1] numbers them" if labels else "Turn them into numbers first"
         raise InvalidInput(f"{where}{name} {_verb(name, 'hold')} {KINDS[array.dtype.kind]} ({array.dtype}), not numbers. {cure}.")
     if not array.ndim:
         verb = "are" if _is_plural(name) else "is"

@@ -36,8 +36,11 @@ class ImageFolder(Dataset):
         files = _images(root)
         if not files:
             raise InvalidInput(f"Folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-        numbers = class_numbers(_class_folders(root, files), preprocessing.classes, root)
-        self.labelled = all(path.parent != root for path in files)
+        folders = _class_folders(root, files)
+        numbers = class_numbers(folders, preprocessing.classes, root)
+        beside = [path.name for path in files if path.parent == root]
+        self.labelled = not beside
+        self.unlabelled = _stray_in_words(beside, sorted(folders)) if beside and folders else ""
         self.items = [(path, numbers[path.parent.name] if self.labelled else -1) for path in files]
 
     def __len__(self) -> int:
@@ -57,6 +60,12 @@ class ImageFolder(Dataset):
         path, label = self.items[index]
         image = read_image(path, self.preprocessing, self.channels)
         return (image, label) if self.labelled else image
+
+
+def _stray_in_words(images: list[str], folders: list[str]) -> str:
+    """Write which images lie beside folders with images."""
+    what = "an image lies" if len(images) == 1 else "images lie"
+    return f"{what} beside the class folders {some(folders)}, {some(images)}: move {'it' if len(images) == 1 else 'them'} away"
 
 
 def _check_channels(preprocessing: Preprocessing, channels: int) -> None:

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler, TensorDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from anybit.data.batches import (
     Batch,
@@ -35,7 +45,7 @@ from anybit.progress import tell
 from anybit.sources.arrays import array_of, names_of_inputs, read_samples, samples_of_arrays
 from anybit.sources.callables import call_user_function, import_optional, load_callable
 from anybit.sources.images import ImageFolder
-from anybit.sources.items import as_column, is_batch, read_items, rows_of, runs, samples_of_items
+from anybit.sources.items import are_texts, as_column, is_batch, read_items, rows_of, runs, samples_of_items
 from anybit.sources.models import huggingface, is_transformers
 from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import check_data, check_part, is_of_arrays, split_subset
@@ -67,7 +77,10 @@ def load_data(
         return _read_by(model, read_samples(Path(path), subset, preprocessing, workers, model))
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing, _channels_for(model, Path(path), preprocessing))
-        return _read_by(model, Samples(dataset, dataset.labelled, workers, black=preprocessing.black))
+        if dataset.unlabelled:
+            tell("note", note=f"the images are used without labels: {dataset.unlabelled}")
+        why = f"In {path}, {dataset.unlabelled}. " if dataset.unlabelled else ""
+        return _read_by(model, Samples(dataset, dataset.labelled, workers, black=preprocessing.black, unlabelled=why))
     if reference.startswith("hf:") or (suffix_of(path) in TEXT_SUFFIXES and Path(path).is_file()):
         return _texts(reference, preprocessing, workers, model)
     if ":" not in reference:
@@ -149,12 +162,8 @@ def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | No
         return _samples_of_loader(data, workers, model, most)
     if _is_array(data):
         return samples_of_arrays({"x": array_of(data)}, None, workers)
-    columns = _columns_of(data)
-    if columns and all(map(_is_array, columns.values())):
-        if any(len(array) == 0 for array in columns.values() if array.ndim):
-            raise InvalidInput("The data set is empty.")
-        kind = dict if isinstance(data, Mapping) else tuple
-        return _samples_of_arrays({str(name): array_of(array) for name, array in columns.items()}, kind, workers, model)
+    if (of_arrays := _samples_of_columns(data, workers, model)) is not None:
+        return of_arrays
     if _is_indexed(data):
         if length_of(data) == 0:
             raise InvalidInput("The data set is empty.")
@@ -164,6 +173,21 @@ def _as_samples(data: Any, workers: int, model: nn.Module | None, most: int | No
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
         return _samples_of_iterable(data, workers, model, most)
     raise InvalidInput(f"Data of type {type(data).__name__} cannot be used. Give a data set with a length, a loader, or arrays (x, y).")
+
+
+def _samples_of_columns(data: Any, workers: int, model: nn.Module | None) -> Samples | None:
+    """Return samples of a tuple or mapping of arrays, or of nested ones; None for other data."""
+    if (nested := _nested_arrays(data)) is not None:
+        if not len(nested):
+            raise InvalidInput("The data set is empty.")
+        return samples_of_items(nested, workers, model)
+    columns = _columns_of(data)
+    if columns and all(map(_is_array, columns.values())):
+        if any(len(array) == 0 for array in columns.values() if array.ndim):
+            raise InvalidInput("The data set is empty.")
+        kind = dict if isinstance(data, Mapping) else tuple
+        return _samples_of_arrays({str(name): array_of(array) for name, array in columns.items()}, kind, workers, model)
+    return None
 
 
 def _samples_by_names(samples: Samples, model: nn.Module | None) -> Samples:
@@ -186,14 +210,61 @@ def _samples_by_names(samples: Samples, model: nn.Module | None) -> Samples:
 
 
 def _columns_of(data: Any) -> Mapping[Any, Any]:
-    """Return the columns of a mapping or a tuple, where lists of numbers beside an array are arrays, too; {} for other data."""
+    """Return the columns of a mapping or a tuple, where lists of numbers or texts beside an array are arrays, too, as are two lists of one
+    length whose elements differ in shape; {} for other data."""
     if isinstance(data, Mapping):
         return data
     if not isinstance(data, tuple) or len(data) < 2:
         return {}
-    if not _is_array(data[0]):
-        return dict(enumerate(data))
-    return {place: part if (array := as_column(part)) is None else array for place, part in enumerate(data)}
+    if _is_array(data[0]):
+        return {place: _as_array(part) for place, part in enumerate(data)}
+    columns = [_as_array(part) for part in data]
+    if all(map(_is_array, columns)) and not _is_array(data[-1]) and _are_rows_and_labels(columns):
+        columns[0] = columns[0].astype(np.float32) if columns[0].dtype == np.float64 else columns[0]  # as torch reads lists
+        return dict(enumerate(columns))
+    return dict(enumerate(data))
+
+
+def _as_array(part: Any) -> Any:
+    """Return a list of numbers or of texts as an array, anything else unchanged."""
+    if are_texts(part):
+        return np.asarray(part)
+    return part if (array := as_column(part)) is None else array
+
+
+def _are_rows_and_labels(columns: Sequence[Any]) -> bool:
+    """Return whether two arrays are rows and their labels, not two samples: of one length, but different shapes."""
+    return len(columns) == 2 and len(columns[0]) == len(columns[1]) and columns[0].shape != columns[1].shape
+
+
+class _Nested(Sequence):
+    """Items ((a, b), label) or ({"a": a, "b": b}, label) of arrays ((A, B), labels) or ({"a": A, "b": B}, labels)."""
+
+    def __init__(self, inputs: Any, labels: Any):
+        self.inputs, self.labels = inputs, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(self.inputs, Mapping):
+            return {name: array[index] for name, array in self.inputs.items()}, self.labels[index]
+        return tuple(array[index] for array in self.inputs), self.labels[index]
+
+
+def _nested_arrays(data: Any) -> _Nested | None:
+    """Return the items of ((A, B), labels) and ({"a": A}, labels), arrays of one length; None for other data."""
+    if not isinstance(data, tuple) or len(data) != 2 or not isinstance(data[0], (tuple, list, Mapping)) or not len(data[0]):
+        return None
+    inputs = data[0] if isinstance(data[0], Mapping) else dict(enumerate(data[0]))
+    labels = _as_array(data[1])
+    if not _is_array(labels) or not all(map(_is_array, inputs.values())):
+        return None
+    arrays = {str(name) if isinstance(data[0], Mapping) else f"input {name}": array_of(array) for name, array in inputs.items()}
+    checked = samples_of_arrays(arrays, array_of(labels), 0, where="The data: ").dataset
+    assert isinstance(checked, NamedArrays | ArrayDataset)
+    own = map(ArrayDataset, arrays.values())
+    return _Nested(dict(zip(inputs, own, strict=True)) if isinstance(data[0], Mapping) else tuple(own), checked.y)
 
 
 def _is_array(data: Any) -> bool:
@@ -291,14 +362,40 @@ def _held(elements: Iterable[Any], batches: bool, most: int | None) -> list[Any]
     return held
 
 
+def _sampled(loader: DataLoader) -> Any:
+    """Return the loader's data set, or the subset that its sampler names; other samplers are noted, since samples are drawn here."""
+    batches = loader.batch_sampler
+    sampler: Any
+    if type(batches) is BatchSampler:
+        sampler = batches.sampler
+    elif isinstance(batches, Sequence):
+        sampler = [index for batch in batches for index in batch]
+    else:
+        sampler = batches
+    if isinstance(sampler, SubsetRandomSampler):
+        sampler = list(sampler.indices)
+    everything = isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples >= len(sampler.data_source)
+    if isinstance(sampler, SequentialSampler) or everything:
+        return loader.dataset
+    if isinstance(sampler, (Sequence, np.ndarray, torch.Tensor)):
+        indices = [int(index) for index in sampler]
+        if len(set(indices)) == len(indices):
+            return Subset(loader.dataset, indices)
+    tell(
+        "note",
+        note=f"the {type(sampler).__name__} of the DataLoader is not used: samples are drawn evenly from its whole data set. For some of "
+        "them give a torch.utils.data.Subset",
+    )
+    return loader.dataset
+
+
 def _samples_of_loader(loader: DataLoader, workers: int, model: nn.Module | None, most: int | None) -> Samples:
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         held = _held(elements_of(loader), True, most)
         if not held:
             raise InvalidInput("The data set is empty.")
         return samples_of_items(held, workers, model)
-    sampler = loader.sampler
-    dataset: Any = Subset(loader.dataset, list(sampler.indices)) if isinstance(sampler, SubsetRandomSampler) else loader.dataset
+    dataset = _sampled(loader)
     loading = {name: getattr(loader, name) for name in ("worker_init_fn", "multiprocessing_context", "timeout")}
     if length_of(dataset) == 0:
         raise InvalidInput("The data set is empty.")

@@ -36,6 +36,8 @@ class Form:
     named   whether a dictionary's entries are passed by name, or (False) one by one
     whole   whether the dictionary is passed to the forward as one argument
     inner   the form of a dictionary that is the only input of a tuple
+    parts   names of the first item's entries or, of a tuple, its length
+    names   entries of a dictionary that are read if there are any; None: all
     note    message for the user
     """
 
@@ -44,11 +46,15 @@ class Form:
     named: bool = False
     whole: bool = False
     inner: "Form | None" = None
+    parts: frozenset[Key] | int | None = field(default=None, compare=False)
+    names: frozenset[Key] | None = field(default=None, compare=False)
     note: str = field(default="", compare=False)
 
     def __call__(self, item: Any) -> tuple[Any, Any]:
-        """Return (inputs, label or None). Raises InvalidInput if the item lacks a part that others have."""
+        """Return (inputs, label or None). Raises InvalidInput if the item lacks a part that the first has, or has one more."""
         try:
+            if self._has_more(item):
+                raise KeyError
             return self._split(item)
         except (IndexError, KeyError, TypeError) as error:
             kind = type(item).__name__
@@ -56,6 +62,17 @@ class Form:
             raise InvalidInput(
                 f"An item of the data, a {kind} of {held}, has other parts than the first item. Give all items the same parts."
             ) from error
+
+    def _has_more(self, item: Any) -> bool:
+        """Return whether an item has other kinds of parts than the first, or numbers that would be read if the first had them."""
+        if isinstance(self.parts, int):
+            return not isinstance(item, (tuple, list)) or any(map(_is_data, item[self.parts :]))
+        if self.parts is None:
+            return False
+        if not isinstance(item, Mapping):
+            return True
+        more = [key for key, part in item.items() if key not in self.parts and _is_data(part)]
+        return any(self.names is None or key in self.names for key in more)
 
     def _split(self, item: Any) -> tuple[Any, Any]:
         label = None if self.label is None else _as_label(item[self.label])
@@ -92,8 +109,37 @@ def read_items(dataset: Any, workers: int, model: nn.Module | None, collate: Cal
         with reading(f"The collate_fn of {name_of(dataset)}", "Repair it."):
             first = collate([first])
     tries = _Tries(Samples(dataset, False, workers, collate=collate), model)
-    form = _form_of(first, tries)
-    return replace(tries.samples, labelled=form.label is not None, split=form), form
+    form = _with_parts(_form_of(first, tries), first, tries)
+    unlabelled = _unlabelled_in_words(first, form)
+    return replace(tries.samples, labelled=form.label is not None, split=form, unlabelled=unlabelled), form
+
+
+def _unlabelled_in_words(first: Any, form: Form) -> str:
+    """Write why items with something in the label's place have no label; "" if there is nothing."""
+    if form.label is not None:
+        return ""
+    places = LABELS if isinstance(first, Mapping) else range(1, len(first)) if isinstance(first, (tuple, list)) else ()
+    for place in places:
+        part = first.get(place, ...) if isinstance(first, Mapping) else first[place]
+        name = f"{'Entry' if isinstance(first, Mapping) else 'Element'} {place} of its items"
+        if isinstance(part, (str, bytes)):
+            return f"{name} is text ({part[:40]!r}), not a number: numpy.unique(labels, return_inverse=True)[1] numbers texts. "
+        if part is None:
+            return f"{name} is None. "
+    return ""
+
+
+def _with_parts(form: Form, first: Any, tries: "_Tries") -> Form:
+    """Return the form with the parts of the first item, which later items must share."""
+    if form.inner is not None:
+        form = replace(form, inner=_with_parts(form.inner, first[0], tries))
+    if form.inputs is None or not isinstance(first, (Mapping, tuple, list)):
+        return form
+    if not isinstance(first, Mapping):
+        return replace(form, parts=len(first))
+    takes = tries.takes
+    names = None if form.whole or takes is None or takes.more_named else frozenset((*takes.parameters, *LABELS))
+    return replace(form, parts=frozenset(first), names=names)
 
 
 @torch.no_grad()
@@ -276,6 +322,11 @@ def _is_data(part: Any) -> bool:
 def _is_label(part: Any) -> bool:
     """Return whether a part of an item may be a label: one array of numbers."""
     return _is_data(part) and not isinstance(_as_label(part), (tuple, list))
+
+
+def are_texts(part: Any) -> bool:
+    """Return whether a part of the data is a list or tuple of texts, or of no values."""
+    return isinstance(part, (list, tuple)) and len(part) > 0 and all(one is None or isinstance(one, (str, bytes)) for one in part)
 
 
 def as_column(part: Any) -> np.ndarray | None:
