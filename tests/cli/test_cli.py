@@ -401,6 +401,7 @@ EARLY = {
     "bench run o.onnx": "ONNX o.onnx is not there",
     "profile --model m.py:net --data y.npz": "--data y.npz",
     "inspect --model m.py:net --data y.npz": "--data y.npz",
+    "evaluate m.py:net --data x.npz": "as --model=m.py:net",
     "diff run rum": "Did you mean run?",
     "explain rum conv1": "Did you mean run?",
     "explain run conv2": "did you mean 'conv1'?",

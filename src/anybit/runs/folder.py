@@ -86,6 +86,8 @@ def runs_in(path: Path) -> list[Path]:
 
 def check_folder(path: Path) -> None:
     """Raise InvalidFile if `path` is not a folder written by anybit."""
+    if not path.exists() and ":" in path.name:
+        raise InvalidFile(f"{path} is not there. Name a run folder; `calibrate` and `evaluate` take a network, as --model={path}.")
     if not path.exists():
         raise InvalidFile(f"{path} is not there.{did_you_mean_path(path)}")
     if not path.is_dir():
