@@ -273,7 +273,7 @@ def _to_one_length(values: list, fill: int) -> list:
 
 
 def stacked(items: list) -> Any:
-    """Stack items into one batch, tensor by tensor, with texts padded to one length. Raises InvalidInput if their shapes or names differ."""
+    """Stack items into one batch, with texts padded to one length. Raises InvalidInput if their shapes or names differ."""
     check_plain(items)
     _check_names(items)
     try:
