@@ -240,7 +240,8 @@ class MultiLabel(Task):
         if not _one_for_each(outputs, labels) or not ((scored == 0) | (scored == 1)).all():
             raise InvalidInput(
                 f"Several labels per sample are zeros and ones {list(outputs.shape)}, one per output, or {IGNORED} if not known; these "
-                f"are {labels.dtype} of shape {tuple(labels.shape)} from {labels.min():g} to {labels.max():g}. {_other_tasks(outputs, labels)}"
+                f"are {labels.dtype} of shape {tuple(labels.shape)} from {labels.min():g} to {labels.max():g}. "
+                f"{_other_tasks(outputs, labels)}"
             )
         if not len(scored):
             raise InvalidInput(f"Every label is {IGNORED} or {VOID}, so there is nothing to score. Give some labels.")
