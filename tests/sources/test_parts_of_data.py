@@ -179,3 +179,27 @@ def test_an_image_beside_class_folders_is_named(tmp_path):
     assert notes.count("preview.png") == 1 and "without labels" in notes
     (tmp_path / "preview.png").unlink()
     assert not notes_of(lambda: load_data(str(tmp_path), model=model)) and anybit.evaluate(model, str(tmp_path))["samples"] == 2
+
+
+def test_several_labels_are_a_question(tmp_path):
+    items = [{"a": X[i], "label": i % 4, "target": (i + 1) % 4} for i in range(N)]
+    with pytest.raises(InvalidInput, match="several labels: label, target"):
+        anybit.evaluate(Adding(), items)
+    one = [{k: v for k, v in item.items() if k != "target"} for item in items]  # as the message says
+    assert anybit.evaluate(Adding(), one)["samples"] == N
+    np.savez(tmp_path / "two.npz", x=X, y=np.arange(N) % 4, labels=np.arange(N) % 3)
+    with pytest.raises(InvalidInput, match="several arrays of labels: y, labels"):
+        anybit.evaluate(Adding(), str(tmp_path / "two.npz"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_other_types_are_read_alike_in_every_container(dtype):
+    x, y = X.to(dtype), torch.arange(N) % 4
+    expected = anybit.evaluate(Adding(), (x.float(), y))
+    for data in (
+        (x, y),
+        TensorDataset(x, y),
+        DataLoader(TensorDataset(x, y), 8),
+        [{"a": a, "label": b} for a, b in zip(x, y, strict=True)],
+    ):
+        assert anybit.evaluate(Adding(), data) == pytest.approx(expected)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from anybit.data.batches import Batch, Reader, padded, stacked
+from anybit.data.batches import Batch, Reader, map_tensors, padded, stacked
 from anybit.data.reading import Batches, length_of, loaded, name_of, reading, whole
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.files.contents import contents_of
@@ -80,7 +80,8 @@ class Samples:
             if self.classes and labels is not None:
                 labels = class_numbers(labels)
             places = tuple(part) if own is None else tuple(own[index] for index in part)
-            yield replace(batch, labels=labels, reader=reader, places=places).to(self.device)
+            inputs = map_tensors(batch.inputs, _as_float32)
+            yield replace(batch, inputs=inputs, labels=labels, reader=reader, places=places).to(self.device)
 
     def by_length(self) -> "Samples":
         """Return the samples sorted by length, if the data set knows lengths, so that batches need less padding."""
@@ -116,6 +117,11 @@ class Samples:
         else:
             inputs, labels = self.split(self._collated(items))
         return Batch(_as_inputs(inputs), _as_labels(labels) if self.labelled else None)
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    """Return floats of other types as float32, as arrays are read."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _as_inputs(inputs: Any) -> Any:

@@ -40,7 +40,10 @@ def read_samples(path: Path, subset: str, preprocessing: Preprocessing, workers:
         if "allow_pickle" in str(error):  # numpy's advice would run code
             raise InvalidFile(f"{path} cannot be read as arrays: it holds Python objects, not numbers. Save arrays of numbers.") from error
         raise InvalidFile(f"{path} cannot be read as arrays: {in_words(error)}") from error
-    y = next((arrays.pop(name) for name in LABELS if name in arrays), None)
+    labels = [name for name in LABELS if name in arrays]
+    if len({arrays[name].shape[:1] for name in labels}) < len(labels):  # a list of names of the classes is shorter
+        raise InvalidInput(f"{path} has several arrays of labels: {', '.join(labels)}. Keep one of them, and save the others elsewhere.")
+    y = arrays.pop(labels[0]) if labels else None
     if not arrays:
         also = f", nor one of the network's inputs ({', '.join(taken)})" if taken else ""
         part = f"_{subset}" if subset else ""

@@ -270,7 +270,13 @@ def _form_of_dictionary(item: Mapping, tries: _Tries) -> Form:
     """Decide which entries the forward takes by name; if none, the dictionary itself, or the only entry on which it runs."""
     takes = tries.takes
     required = takes.required if takes else ()
-    label = next((key for key in LABELS if key in item and key not in required and _is_label(item[key])), None)
+    labels = [key for key in LABELS if key in item and key not in required and _is_label(item[key])]
+    if len(labels) > 1:
+        raise InvalidInput(
+            f"Items of the data have several labels: {', '.join(labels)}. Keep one of them: [{{k: v for k, v in item.items() if k != "
+            f"{labels[1]!r}}} for item in data] keeps {labels[0]!r}."
+        )
+    label = labels[0] if labels else None
     data = [key for key, part in item.items() if _is_data(part) and key != label and (key in required or key not in LABELS)]
     known = Signature.of(tries.model).parameters if tries.model is not None else {}
     named = tuple(key for key in data if key in known)
