@@ -45,7 +45,8 @@ from anybit.runs.folder import is_run, new_folder
 from anybit.runs.names import MODEL
 from anybit.runs.opened import first_of, inputs_for, opened
 from anybit.runs.scheme_file import SchemeFile
-from anybit.sources.inputs import compared, task_of_labels
+from anybit.sources.inputs import compared
+from anybit.sources.labels import task_of_labels
 from anybit.sources.models import is_transformers
 
 if TYPE_CHECKING:

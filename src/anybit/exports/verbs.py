@@ -33,7 +33,8 @@ from anybit.progress import enter, plan, tell, track
 from anybit.reports.bars import shown_in_notebooks
 from anybit.runs.opened import Run, first_of, inputs_for, opened
 from anybit.scheme import Precision, parsed_keep
-from anybit.sources.inputs import as_samples, check_outputs, compared, load_data, task_of_labels
+from anybit.sources.inputs import as_samples, check_outputs, compared, load_data
+from anybit.sources.labels import task_of_labels
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing
 

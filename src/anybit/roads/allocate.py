@@ -39,7 +39,8 @@ from anybit.runs.folder import runs_in
 from anybit.runs.opened import float_model_of, followed_reference, recorded_data
 from anybit.runs.scheme_file import read_scheme
 from anybit.sources.callables import absolute
-from anybit.sources.inputs import compared, samples_from, task_of_labels
+from anybit.sources.inputs import compared, samples_from
+from anybit.sources.labels import task_of_labels
 from anybit.sources.preprocessing import Preprocessing
 
 

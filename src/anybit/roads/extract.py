@@ -45,7 +45,8 @@ from anybit.roads.steps import CalibrationState, batch_norm_targets
 from anybit.runs.scheme_file import read_scheme
 from anybit.scheme import FLOAT, Scheme, check_whole
 from anybit.settings import takes
-from anybit.sources.inputs import compared, samples_from, task_of_labels
+from anybit.sources.inputs import compared, samples_from
+from anybit.sources.labels import task_of_labels
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.folder import load_supernet
 from anybit.supernets.prepared import bn_batches, held_out_split

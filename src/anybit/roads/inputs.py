@@ -23,7 +23,8 @@ from anybit.runs.names import SUPERNET_JSON
 from anybit.runs.trusted import is_trusted
 from anybit.sources.callables import absolute
 from anybit.sources.images import common_classes
-from anybit.sources.inputs import check_outputs, compared, first_samples, samples_from, task_of_labels, with_class_numbers
+from anybit.sources.inputs import check_outputs, compared, first_samples, samples_from
+from anybit.sources.labels import task_of_labels, with_class_numbers
 from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
 from anybit.sources.preprocessing import Preprocessing
