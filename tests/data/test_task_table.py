@@ -160,7 +160,7 @@ def test_single_class_task_counts_top1(task):
 
 def test_every_task_has_a_hugging_face_head():
     pytest.importorskip("transformers")
-    from anybit.sources.huggingface.texts import HEADS
+    from anybit.sources.huggingface.heads import HEADS
 
     assert set(HEADS) == set(TASKS) - {"multi-label", "segmentation", "detection"}
     config = type("Config", (), {})

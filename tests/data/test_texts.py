@@ -257,7 +257,7 @@ def test_rejects_question_that_leaves_no_room():
 
 def test_hub_data_set_gives_the_same_rows(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
-    from anybit.sources.huggingface.texts import hub_rows
+    from anybit.sources.huggingface.heads import hub_rows
 
     datasets.disable_progress_bars()
     rows = [{"sentence": text, "label": i % 2} for i, text in enumerate(sentences(6))]

@@ -15,7 +15,7 @@ from anybit.data.batches import Batch, predict
 from anybit.data.samples import Samples
 from anybit.data.tasks import IGNORED
 from anybit.sources.huggingface.attention import adapted
-from anybit.sources.huggingface.texts import reader_of
+from anybit.sources.huggingface.heads import reader_of
 from anybit.sources.inputs import load_data
 from anybit.sources.models import load_model
 

@@ -34,7 +34,7 @@ from anybit.roads.settings import CalibrateSettings
 from anybit.roads.steps import range_candidates
 from anybit.scheme import Precision
 from anybit.sources.huggingface.attention import adapted, attention
-from anybit.sources.huggingface.texts import _length_of
+from anybit.sources.huggingface.heads import _length_of
 from anybit.sources.inputs import load_data
 from anybit.sources.models import load_model
 from anybit.sources.preprocessing import Preprocessing

@@ -110,20 +110,20 @@ def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn
             "network give a function that returns a data set of tokens."
         )
     place, subset = split_subset(reference)
-    texts = huggingface("texts", f"--data={reference}")
+    heads = huggingface("heads", f"--data={reference}")
     if place.startswith("hf:"):
         import_optional("datasets", "datasets", f"--data={reference}")
-        rows = texts.hub_rows(place[3:], subset, parse_columns(preprocessing.columns))
+        rows = heads.hub_rows(place[3:], subset, parse_columns(preprocessing.columns))
     else:
         rows = read_rows(Path(place), preprocessing.columns)
-    return texts.text_samples(model, rows, reference, preprocessing.length, preprocessing.stride, workers)
+    return heads.text_samples(model, rows, reference, preprocessing.length, preprocessing.stride, workers)
 
 
 def _read_by(model: nn.Module | None, samples: Samples) -> Samples:
     """Give the samples the reader of a Hugging Face model, which has several outputs."""
     if samples.reader is not None or not is_transformers(model):
         return samples
-    return replace(samples, reader=huggingface("texts", "the model").reader_of(model))
+    return replace(samples, reader=huggingface("heads", "the model").reader_of(model))
 
 
 def as_samples(data: Any, workers: int = 0, model: nn.Module | None = None, most: int | None = None) -> Samples:

@@ -12,7 +12,7 @@ from anybit.errors import InvalidSetting
 from anybit.progress import tell
 from anybit.sources.huggingface.attention import adapted
 from anybit.sources.huggingface.folder import json_of, quiet
-from anybit.sources.huggingface.texts import HEADS
+from anybit.sources.huggingface.heads import HEADS
 from anybit.sources.libraries import randomly_initialized, short_timeouts
 
 
