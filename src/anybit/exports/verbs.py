@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from anybit.calls import public
-from anybit.data.batches import Batch, call, check_finite, read_output
+from anybit.data.batches import Batch, call, check_finite, map_tensors, read_output
 from anybit.data.samples import Samples
 from anybit.data.tasks import Metric, check_metric_on, compare_exported, keeping_task, outputs_of
 from anybit.environment import environment
@@ -164,16 +164,22 @@ def verify(
 
 
 def _predicted(running: Any, model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
-    """Run the file and read its outputs, in the network's order and under its names."""
+    """Run the file and read its outputs, in the containers in which the network returns them."""
     with torch.no_grad():
         output = call(model, batches[0].head(2).inputs)
-    by_name = isinstance(output, Mapping) and all(value is None or isinstance(value, torch.Tensor) for value in output.values())
-    names = [name for name, value in output.items() if value is not None] if by_name else []
     parts = []
     for batch in track(batches, "runtime"):
         tensors = [torch.from_numpy(array) for array in outputs(running, [batch])]
-        parts.append(read_output(dict(zip(names, tensors, strict=True)) if names else tensors, batch))
+        parts.append(read_output(_filled(output, tensors), batch))
     return torch.cat(parts)
+
+
+def _filled(output: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """Return `output` with `tensors` in place of its own, in order; `tensors` if it has containers that cannot be filled, such as
+    dataclasses, of which no reader reads a tensor by name."""
+    rest = iter(tensors)
+    filled = map_tensors(output, lambda _: next(rest))
+    return tensors if next(rest, None) is not None else filled
 
 
 @public

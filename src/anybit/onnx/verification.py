@@ -322,19 +322,24 @@ def lacks_exact_kernels() -> str | None:
 # The simulation beside it
 
 
-def simulated_codes(exported: Exported, batch: Batch) -> dict[str, Tensor]:
-    """Return value of the integer graph -> the simulation's codes of it, for edges and layers' inputs."""
+def simulated_codes(exported: Exported, batch: Batch, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return value of the integer graph -> the simulation's codes of it, for edges and layers' inputs. `values` are the graph's own, of
+    which a convolution's input may lack the zeros around it."""
     taken: list[tuple[str, Any, Tensor, int | None]] = []
-    hooks, seen = [], Counter[str]()
+    hooks, seen, operators = [], Counter[str](), {name_of(node): node for node in exported.floating.graph}
     for name, layer in quantized_layers(exported.model).items():
         if layer.input_quantizer is not None:
 
             def keep(module, args, kwargs, name=name):
                 seen[name] += 1
-                operands, read = tensors_in((args, kwargs)), exported.inputs.get(name_of_call(name, seen[name]), ())
+                call_name = name_of_call(name, seen[name])
+                operands, read = tensors_in((args, kwargs)), exported.inputs.get(call_name, ())
                 if len(read) == type_of(module).operands:
                     for index, value in enumerate(read):  # rounded later: a hook's computations would count among the network's operations
-                        taken.append((value, module, operands[index].detach().clone(), index if len(read) > 1 else None))
+                        operand = operands[index].detach().clone()
+                        if value in values and operand.shape != values[value].shape:
+                            operand = _without_merged_padding(module, operators.get(call_name), operand)
+                        taken.append((value, module, operand, index if len(read) > 1 else None))
 
             hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
     try:
@@ -350,6 +355,19 @@ def simulated_codes(exported: Exported, batch: Batch) -> dict[str, Tensor]:
         scale, zero_point = torch.tensor(edge_grids(exported.model)[edge])
         codes[value] = (edges[edge] / scale + zero_point).round().to(torch.uint8)
     return codes
+
+
+def _without_merged_padding(layer: nn.Module, node: ir.Node | None, operand: Tensor) -> Tensor:
+    """Return a convolution's operand without the zeros around it that its operator pads itself."""
+    if node is None or node.op_type != "Conv" or "pads" not in node.attributes or layer.padding_mode != "zeros":
+        return operand
+    own = layer._reversed_padding_repeated_twice[::-1]  # of each dimension in order: after it, before it
+    begins, ends = np.split(np.array(node.attributes["pads"].as_ints()), 2)
+    places = [
+        slice(begin - before, size - (end - after))
+        for begin, end, after, before, size in zip(begins, ends, own[::2], own[1::2], operand.shape[2:], strict=True)
+    ]
+    return operand[..., *places]
 
 
 def _as_multiplied(layer: nn.Module, operand: int | None, codes: Tensor) -> Tensor:
@@ -368,7 +386,8 @@ def check_simulation(verdict: Verdict, exported: Exported, batch: Batch) -> None
             if edge in missing and not any(torch.equal(values[edge], values[other]) for other in exported.edges)
         ]
     feeds = {name_of(value): tensor for value, tensor in zip(exported.integer.graph.inputs, input_tensors(batch), strict=True)}
-    simulated, own = simulated_codes(exported, batch), interpret(exported.integer, feeds).values
+    own = interpret(exported.integer, feeds).values
+    simulated = simulated_codes(exported, batch, own)
     nodes = {name_of(value): node for node in exported.integer.graph for value in node.outputs}
     alike = {}
     for name, codes in simulated.items():
@@ -405,7 +424,8 @@ def _before_moves(name: str, nodes: Mapping[str, ir.Node], values: Mapping[str, 
 def flipped_codes(exported: Exported, batch: Batch) -> dict[str, float]:
     """Return layer -> share of its inputs' codes that differ between the simulated and the integer network, each run separately."""
     feeds = {name_of(value): tensor for value, tensor in zip(exported.integer.graph.inputs, input_tensors(batch), strict=True)}
-    simulated, values = simulated_codes(exported, batch), interpret(exported.integer, feeds).values
+    values = interpret(exported.integer, feeds).values
+    simulated = simulated_codes(exported, batch, values)
     flipped = {}
     for layer, read in exported.inputs.items():
         pairs = [(simulated[name], values[name]) for name in read if name in simulated and name in values]
