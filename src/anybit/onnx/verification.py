@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -361,13 +361,13 @@ def _without_merged_padding(layer: nn.Module, node: ir.Node | None, operand: Ten
     """Return a convolution's operand without the zeros around it that its operator pads itself."""
     if node is None or node.op_type != "Conv" or "pads" not in node.attributes or layer.padding_mode != "zeros":
         return operand
-    own = layer._reversed_padding_repeated_twice[::-1]  # of each dimension in order: after it, before it
-    begins, ends = np.split(np.array(node.attributes["pads"].as_ints()), 2)
-    places = [
-        slice(begin - before, size - (end - after))
-        for begin, end, after, before, size in zip(begins, ends, own[::2], own[1::2], operand.shape[2:], strict=True)
-    ]
-    return operand[..., *places]
+    own = cast(list[int], layer._reversed_padding_repeated_twice)[::-1]  # of each dimension in order: after it, before it
+    pads = list(node.attributes["pads"].as_ints())
+    begins, ends = pads[: len(pads) // 2], pads[len(pads) // 2 :]
+    for dimension, (begin, end, after, before) in enumerate(zip(begins, ends, own[::2], own[1::2], strict=True), 2):
+        size = operand.shape[dimension] - (begin - before) - (end - after)
+        operand = operand.narrow(dimension, begin - before, size)
+    return operand
 
 
 def _as_multiplied(layer: nn.Module, operand: int | None, codes: Tensor) -> Tensor:
