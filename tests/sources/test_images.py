@@ -184,7 +184,7 @@ def test_a_pipe_named_like_an_image_is_no_image(tmp_path):
 @pytest.mark.parametrize("option", ["size", "resize"])
 def test_images_that_take_gigabytes_are_refused(tmp_path, option):
     save(tmp_path / "one.png")
-    with pytest.raises(InvalidSetting, match=rf"--{option} 16384 .* 3\.0 GiB"):
+    with pytest.raises(InvalidSetting, match=rf"--{option}=16384 .* 3\.0 GiB"):
         load_data(str(tmp_path), Preprocessing(**{option: 16384}))
 
 

@@ -83,7 +83,7 @@ def _check_size(preprocessing: Preprocessing) -> None:
         side = getattr(preprocessing, name) or 0
         if side**2 > PIXELS:
             raise InvalidSetting(
-                f"--{name} {side} makes images of {side} x {side} pixels, {12 * side**2 / 2**30:.1f} GiB each. Give at most "
+                f"--{name}={side} makes images of {side} x {side} pixels, {12 * side**2 / 2**30:.1f} GiB each. Give at most "
                 f"{math.isqrt(PIXELS)}."
             )
 
