@@ -100,6 +100,7 @@ class Page(NamedTuple):
         """Show the page in an iframe, because it has its own style and script."""
         return f'<iframe srcdoc="{html.escape(self.html)}" width="100%" height="640" style="border: 0"></iframe>'
 
+    @public
     def save(self, path: str | Path) -> Path:
         """Write the page."""
         check_place(Path(path), "path")
