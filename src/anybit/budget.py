@@ -6,6 +6,7 @@ it for a scheme. All code that reads, meets, checks or reports a budget looks th
 
 import difflib
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -281,8 +282,9 @@ class Budget:
     @classmethod
     def _read(cls, text: str, accepted: "Sequence[Quantity]") -> "Budget":
         if not isinstance(text, str):
-            near = f' Write "{text:g}bit" for bits per weight.' if isinstance(text, (int, float)) else ""
-            raise InvalidSetting(f"Budget {text!r} is not a text with a unit.{near or f' Write {_examples(accepted)}.'}")
+            near = f' Write "{text:g}bit" for bits per weight.' if _are_bits(text) else ""
+            near = " Give one budget, not several." if isinstance(text, (list, tuple)) else near
+            raise InvalidSetting(f"Budget {reprlib.repr(text)} is not a text with a unit.{near or f' Write {_examples(accepted)}.'}")
         text = text.strip()
         _check_decimal_point(text, accepted)
         conditions = tuple(_parse_condition(part.strip(), accepted) for part in text.split(","))
@@ -310,6 +312,20 @@ class Budget:
 
     def __str__(self) -> str:
         return self.text
+
+
+def listed(budget: Any) -> list[Any]:
+    """Return one or several budgets as a list; the caller knows what none means."""
+    return list(budget) if isinstance(budget, (list, tuple)) else [] if budget is None else [budget]
+
+
+def budget_check(check: "Callable[[Budget], None]" = lambda budget: None) -> Callable[[Any], None]:
+    """Return a check of an argument: none, one or several budgets that `check` accepts."""
+
+    def checked(budget: Any) -> None:
+        parse_budgets(listed(budget), check)
+
+    return checked
 
 
 def parse_budgets(budgets: "Iterable[str | Budget]", check: "Callable[[Budget], None]" = lambda budget: None) -> "tuple[Budget, ...]":
@@ -362,6 +378,11 @@ def _meant(part: str, accepted: "Sequence[Quantity]") -> str:
     text = f"{match[1]}{match[2]}{match[3] or 'bit'}"
     near = [one for one in limits if one.casefold() == text.casefold()] or difflib.get_close_matches(text, sorted(limits), n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near and _is_sensible(limits[near[0]], near[0]) else ""
+
+
+def _are_bits(value: Any) -> bool:
+    """Return whether a number may stand for bits per weight."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= FLOAT_BITS
 
 
 def _is_sensible(quantity: Quantity, text: str) -> bool:
