@@ -183,7 +183,7 @@ class Option:
     def check_ready(self, value: Any) -> None:
         """Raise if the value names something that does not exist, naming the option as written on the command line."""
         if self.ready is not None and value is not None:
-            with naming(f"{self.written} "):
+            with naming(f"{self.written} " if self.positional else f"{self.written}="):
                 self.ready(value)
 
     def _typed(self, kind: Any, value: Any) -> Any:

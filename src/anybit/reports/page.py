@@ -238,7 +238,7 @@ def _headline(record: Record) -> Context:
     whole = f"float {human_bytes(record.float_bytes)}; {result.percent:.1f} % of it" if record.float_bytes else ""
     amounts = [
         Amount("file size", human_bytes(result.bytes), whole),
-        Amount("bits per weight", f"{result.weight_bits:.2f}", f"{human_count(result.bops)} bit operations a sample"),
+        Amount("bits per weight", f"{result.weight_bits:.2f}", f"{human_count(result.bops)} bit operations per sample"),
     ]
     if (times := record.latency) is not None:
         faster = f"; {times.float32 / times.exported:.2g} times as fast" if times.exported > 0 else ""
