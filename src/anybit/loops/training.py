@@ -196,7 +196,7 @@ def _steps(samples: Samples, settings: TrainSettings, model: nn.Module) -> int:
     size = min(settings.batch_size, len(samples))
     if size % world():
         fitting = size // world() * world()
-        advice = f"Give --batch-size={fitting}" if fitting else "Use fewer processes"
+        advice = f"Give --batch-size={fitting}, a multiple of {world()}" if fitting else "Use fewer processes"
         raise InvalidSetting(f"batch size {size} does not divide among {world()} processes. {advice}.")
     if settings.batch_size // world() < 2 and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         raise InvalidSetting(f"batch size {settings.batch_size} leaves batch norm one sample per process. Choose at least {2 * world()}.")
