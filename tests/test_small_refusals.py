@@ -156,7 +156,7 @@ def test_advice_to_load_unsafely_is_not_passed_on(here, content):
 
 def test_a_missing_config_file_is_not_there(here):
     done = anybit_cli("inspect", "--model", "m.py:net", "--config", "none.toml")
-    assert done.exit_code == 2 and "--config none.toml is not there." in done.stderr
+    assert done.exit_code == 2 and "--config=none.toml is not there." in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
-"""Public functions called from Python: an unknown keyword or a number out of range raises an error with the corrected call."""
+"""Public functions called from Python: every argument is checked before any work; errors show the corrected call."""
 
 import difflib
 import functools
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Number
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anybit.errors import InvalidSetting
-from anybit.settings import Settings, documented, option, options_of
+from anybit.errors import InvalidInput, InvalidSetting
+from anybit.settings import Option, Settings, documented, option, options_of
 from anybit.wording import as_in_python
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -34,16 +36,35 @@ class Amounts(Settings):
 
 
 AMOUNTS = options_of(Amounts)
-DATA = {"data", "test"}
+DATA = {"data", "test", "train"}
 """Arguments that are data or a reference, which may be a path."""
+ELSEWHERE = DATA | {"self", "budget", "metric"}
+"""Arguments whose own checks say more than their type."""
+OBJECTS = {
+    "model": "is not a network. Give a torch.nn.Module, or a reference such as model='net.py:network'",
+    "run": "is not a run. Give a run folder, such as run='runs/mine', or where a result is taken, the result itself",
+    "allocate.run": "is not a run folder: allocate reads a run folder. Save a result first: result.save('run')",
+    "evaluate.model": "is neither a network nor a run. Give a torch.nn.Module, a result, a run folder, or model='net.py:network'",
+    "run2": "is not a run. Give a run folder, such as run2='runs/mine'",
+    "runs": "is not a run. Give run folders, such as 'runs/mine', 'runs/smaller'",
+    "folder": "is not a folder. Give one, such as folder='runs/mine'",
+    "scheme": "is not a scheme. Give a run folder, such as scheme='runs/mine', or anybit.Scheme.parse({'fc': 'W4A8', ...})",
+    "weights": "is not a file. Give a state dict, such as weights='net.safetensors'",
+    "checkpoint": "is not a file. Give one to write, such as checkpoint='training.safetensors'",
+    "onnx": "is not a file. Give one, such as onnx='net.onnx'",
+    "output": "is not a file. Give one to write, such as output='runs.html'",
+    "path": "is not a file. Give one to write, such as path='page.html'",
+    "cache": "is not a folder. Give one, True for the user's cache, or False for none",
+    "preprocessing": "is not a Preprocessing. Write preprocessing=anybit.Preprocessing(size=224)",
+}
+"""Arguments of several types, of all functions or one -> what is wrong with a value of another type."""
 
 
 def public(function: Function) -> Function:
-    """Decorate a public function: raise InvalidSetting with the corrected call if arguments do not match its signature. Its errors name
-    keywords, not flags."""
+    """Decorate a public function: raise InvalidSetting or InvalidInput, with the corrected call, if arguments do not match its signature
+    and the types and ranges in it. Its errors name keywords, not flags."""
     signature = inspect.signature(function)
-    code = inspect.unwrap(function).__code__
-    own = AMOUNTS.keys() & {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}  # settings classes check the others
+    options, checks = _options_in(function, signature), getattr(function, "checks", {})
 
     @functools.wraps(function)
     def called(*arguments: Any, **keywords: Any) -> Any:
@@ -51,15 +72,63 @@ def public(function: Function) -> Function:
             check_call(function.__name__, signature, arguments, keywords)
             call = signature.bind(*arguments, **keywords)
             bound = call.arguments
+            plain = [name for name in options if name in bound and name not in OBJECTS]
+            for name in plain:
+                bound[name] = _checked(options[name], bound[name], signature.parameters[name], function.__name__)
+            for name, check in checks.items():
+                check(bound.get(name))
+            for name in [name for name in options if name in bound and name in OBJECTS]:
+                bound[name] = _checked(options[name], bound[name], signature.parameters[name], function.__name__)
             for name in DATA & bound.keys():
-                bound[name] = str(bound[name]) if isinstance(bound[name], Path) else bound[name]
+                bound[name] = _data(name, bound[name], signature.parameters[name].default)
             check_takes_two(bound.get("metric"))
-            for name in sorted(own & bound.keys()):
-                if bound[name] is not None or signature.parameters[name].default is not None:
-                    AMOUNTS[name].checked(bound[name])
             return function(*call.args, **call.kwargs)
 
     return called  # type: ignore[return-value]
+
+
+def checking(**checks: Callable[[Any], Any]) -> Callable[[Function], Function]:
+    """Decorate a public function whose arguments of these names are checked by functions, before networks and data."""
+
+    def decorate(function: Function) -> Function:
+        function.checks = checks  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def _options_in(function: Any, signature: inspect.Signature) -> dict[str, Option]:
+    """Return name -> option for the arguments of a function: as its settings describe them, or by the types in its signature."""
+    described = {**AMOUNTS, **getattr(function, "options", {})}
+    options = {}
+    for name, one in signature.parameters.items():
+        if name not in ELSEWHERE:
+            known = described.get(name) or Option(name, one.annotation, one.default, "")
+            options[name] = replace(known, kind=one.annotation)
+    return options
+
+
+def _checked(one: Option, value: Any, parameter: inspect.Parameter, function: str) -> Any:
+    """Return an argument of a function as its option's type; of a variable number of arguments, each."""
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return tuple(_checked(one, each, parameter.replace(kind=parameter.POSITIONAL_ONLY), function) for each in value)
+    if one.name == "device" and type(value).__name__ == "device":
+        value = str(value)
+    if one.name in OBJECTS and not one.accepts(value):
+        raise InvalidSetting(f"{one.name}={reprlib.repr(value)} {OBJECTS.get(f'{function}.{one.name}') or OBJECTS[one.name]}.")
+    return one.checked(value)
+
+
+def _data(name: str, value: Any, default: Any) -> Any:
+    """Return data, or the text of a reference. Raises InvalidInput for what can be neither."""
+    lacking = default is not None if value is None else isinstance(value, str) and not value
+    if lacking or isinstance(value, (Number, bytes, bytearray)) or inspect.isroutine(value):
+        form = "Call it and give its result:" if inspect.isroutine(value) else "Give"
+        raise InvalidInput(
+            f"{name}={reprlib.repr(value)} is not data. {form} a data set, a DataLoader, arrays (x, y), or a reference such as "
+            f"{name}='data.npz'."
+        )
+    return str(value) if isinstance(value, Path) else value
 
 
 def check_call(name: str, signature: inspect.Signature, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -74,6 +143,7 @@ def check_call(name: str, signature: inspect.Signature, arguments: tuple[Any, ..
         signature.bind(*arguments, **keywords)
     except TypeError as error:
         needed = [one.name for one in signature.parameters.values() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+        needed = [one for one in needed if one != "self"]
         raise InvalidSetting(f"{name}: {error}. Call {name}({', '.join(needed)}, ...), with further arguments by keyword.") from None
 
 

@@ -68,6 +68,7 @@ class Precision:
 
 
 FLOAT = Precision()
+LAYERS = "is not a mapping of layers to precisions. Write anybit.Scheme.parse({'fc': 'W4A8', ...})"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Scheme(Mapping[str, Precision]):
     layers: Mapping[str, Precision] = field(default_factory=dict)
 
     def __post_init__(self):
+        if not isinstance(self.layers, Mapping) or not all(isinstance(one, Precision) for one in self.layers.values()):
+            raise InvalidSetting(f"{reprlib.repr(self.layers)} {LAYERS}.")
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
 
     def __reduce__(self):
@@ -92,6 +95,8 @@ class Scheme(Mapping[str, Precision]):
     @classmethod
     def parse(cls, layers: Mapping[str, str]) -> "Scheme":
         """Parse a JSON object of layer name -> precision."""
+        if not isinstance(layers, Mapping):
+            raise InvalidSetting(f"{reprlib.repr(layers)} {LAYERS}.")
         return cls({name: Precision.parse(text) for name, text in layers.items()})
 
     def to_json(self) -> dict[str, str]:

@@ -42,6 +42,9 @@ BOUNDS = (
 )
 PANELS = ("Input", "Budget", "Method", "Runtime", "Output")
 """Panels of --help, in order."""
+UNIONS = (typing.Union, types.UnionType)
+SWITCHED = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
+"""Texts and numbers that stand for true and false elsewhere."""
 NOUNS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", Path: "a path"}
 
 
@@ -163,10 +166,12 @@ class Option:
     def _forms(self, value: Any) -> list[Any]:
         """List the values that a value of another type may stand for."""
         kind = typing.get_origin(without_none(self.kind))
-        if kind is Mapping and isinstance(value, (list, tuple)) and value and all(isinstance(one, str) for one in value):
-            return [dict.fromkeys(value, "W8A8"), dict.fromkeys(value, 1.0)]
-        if kind is Mapping and isinstance(value, str):
-            return [{value: 1.0}]
+        if kind is Mapping:
+            items = value if isinstance(value, (Mapping, list, tuple)) else [value]
+            names = [one for one in items if isinstance(one, str) and one]
+            return [dict.fromkeys(names or ["*"], "W8A8"), dict.fromkeys(names or ["0"], 1.0), {2: 0.1}]
+        if without_none(self.kind) is bool:
+            return [SWITCHED[form] for form in [str(value).lower()] if form in SWITCHED]
         if (whole := _whole(value)) is not None:
             return [whole]
         if kind is tuple and isinstance(value, (int, str)) and not isinstance(value, bool):
@@ -178,21 +183,23 @@ class Option:
     def check_ready(self, value: Any) -> None:
         """Raise if the value names something that does not exist, naming the option as written on the command line."""
         if self.ready is not None and value is not None:
-            with naming(f"{self.written} "):
+            with naming(f"{self.written} " if self.positional else f"{self.written}="):
                 self.ready(value)
 
     def _typed(self, kind: Any, value: Any) -> Any:
-        if isinstance(value, str) and not value and kind in (str, Path) and self.default != "":  # as a path it would be the working folder
+        if _is_empty(value) and kind in (str, Path) and self.default != "":  # as a path it would be the working folder
             raise ValueError("is empty. Give a value, or leave it out.")
         origin, inner = typing.get_origin(kind), typing.get_args(kind)
-        if origin in (typing.Union, types.UnionType):
-            return None if value is None else self._typed(without_none(kind), value)
+        if origin in UNIONS:
+            return self._one_of(inner, value)
         if origin in (tuple, list) and (items := _items(value)) is not None:
             return tuple(self._typed(inner[0], one) for one in items)
         if origin is Mapping and isinstance(value, Mapping):
             return {self._key(inner[0], key): self._typed_of(key, inner[1], one) for key, one in value.items()}
+        if kind in (bool, int, float):
+            value = _scalar(value)
         if kind in (int, float):
-            return self._in_range(kind, _scalar(value))
+            return self._in_range(kind, value)
         if kind is str and isinstance(value, str) and self.choices and value not in self.choices:
             raise ValueError(f"{_shown(value)} is unknown. Choose from {_listed(self.choices)}.")
         if kind is Any or (isinstance(kind, type) and origin is None and isinstance(value, kind)):
@@ -202,6 +209,24 @@ class Option:
         if isinstance(value, str) and hasattr(kind, "parse"):  # as in JSON
             return kind.parse(value)
         raise ValueError(self._refusal(kind, value))
+
+    def _one_of(self, kinds: tuple[Any, ...], value: Any) -> Any:
+        """Return the value as one of several types: text as the one that reads it, a value of any other of them unchanged."""
+        if value is None and types.NoneType in kinds:
+            return None
+        others = [kind for kind in kinds if kind is not types.NoneType]
+        reads = next((kind for kind in others if isinstance(value, str) and hasattr(kind, "parse")), None)
+        if len(others) > 1 and reads is None and any(isinstance(value, kind) for kind in others if not _is_empty(value)):
+            return value
+        return self._typed(reads or others[0], value)
+
+    def accepts(self, value: Any) -> bool:
+        """Return whether the value is of this option's type."""
+        try:
+            self.checked(value)
+        except AnybitError:
+            return False
+        return True
 
     def _typed_of(self, key: Any, kind: Any, value: Any) -> Any:
         """Return a value of a mapping as `kind`. Raises ValueError naming its key."""
@@ -266,14 +291,14 @@ class Option:
 
 def without_none(kind: Any) -> Any:
     """Return the type T of an optional type T | None."""
-    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+    if typing.get_origin(kind) not in UNIONS:
         return kind
     return next(one for one in typing.get_args(kind) if one is not types.NoneType)
 
 
 def _noun(kind: Any) -> str:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
+    if origin in UNIONS:
         return _noun(without_none(kind))
     if origin in (tuple, Mapping):
         return f"{'a list' if origin is tuple else 'a mapping'}, each {_noun(inner[0 if origin is tuple else 1])}"
@@ -311,6 +336,10 @@ def _whole(value: Any) -> int | None:
         return int(number) if number == int(number) and abs(number) < INTEGERS else None
     except (ValueError, OverflowError):
         return None
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, str) and not value
 
 
 def _scalar(value: Any) -> Any:
@@ -501,6 +530,7 @@ def takes(*kinds: type[Settings], only: Collection[str] | None = None) -> Callab
             for name, one in options.items()
         ]
         function.__signature__ = inspect.signature(function).replace(parameters=[*own, *keywords])
+        function.options = options
         function.__doc__ = f"{inspect.cleandoc(function.__doc__)}\n\nSettings:\n\n{_table(options)}"
         return function
 

@@ -54,10 +54,11 @@ def fitted(
 @pytest.mark.parametrize("precision", ["W2A4", "W4A8", "W3"])
 def test_held_out_error_of_no_unit_rises(precision, unit, rounding):
     steps = 100 if rounding is AdaQuant else 200  # other roundings decide at the end what AdaQuant rounds from the first step
-    case, _, errors = fitted(make(Residual), precision, ReconstructionSettings(rounding, steps=steps, batch_size=16), unit=unit)
+    # Network 1: in network 0 a block at 3 bits has a tenth to gain, so that the last bits of a processor's sums decide.
+    case, _, errors = fitted(make(Residual, 1), precision, ReconstructionSettings(rounding, steps=steps, batch_size=16), unit=unit)
     assert set(errors) == {unit.name for unit in case.network.units}
     assert all(error["after"] <= error["before"] for error in errors.values())
-    assert sum(error["after"] for error in errors.values()) < 0.9 * sum(error["before"] for error in errors.values())
+    assert sum(error["after"] for error in errors.values()) < 0.85 * sum(error["before"] for error in errors.values())
 
 
 def test_unit_without_improvement_stays_bitwise_unchanged():

@@ -79,7 +79,7 @@ class Verb:
             from anybit.files.config import read_options
 
             file = self.value("config", written)
-            with naming("--config "):
+            with naming("--config="):
                 check_there(file)
             values = read_options(file, self.options, list(self.groups.values()), "--config")
         on_line = {

@@ -114,7 +114,7 @@ def search(
 
     check_free(output, overwrite)
     options = {"model": model, "metric": load_metric(metric), "workers": workers, "device": device, "cache": cache}
-    result = anybit.search(run, data, budget or (), **options, **settings.flat())
+    result = anybit.search(run, data, budget, **options, **settings.flat())
     folder, report = result.save(output, overwrite), result.report
     summary = _fields(report, "budgets", "hypervolume", "rank_correlation", "recalled")
     return Outcome({"folder": str(folder), **summary}, partial(print_searched, folder, report))

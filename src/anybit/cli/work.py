@@ -150,7 +150,7 @@ def _telling(verb: str, settings: Mapping[str, Any], common: Mapping[str, Any]) 
         raise InvalidSetting("--verbose and --quiet contradict each other. Give only one.")
     if log is not None and settings.get("output") and log.resolve().is_relative_to(Path(settings["output"]).resolve()):
         raise InvalidSetting(
-            f"--log {log} is inside the run folder, which is written completely or not at all. Choose a file outside of it."
+            f"--log={log} is inside the run folder, which is written completely or not at all. Choose a file outside of it."
         )
     from anybit.cli.logs import completing, readable, verb_events
     from anybit.files.lines import appended

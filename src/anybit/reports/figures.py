@@ -25,7 +25,7 @@ from anybit.reports.words import measurement as number
 from anybit.runs.records import Epoch, LayerRow, Record, SchemeRow, SearchRecord, Table
 
 FLOAT_HEIGHT = 9  # place of float on an axis of 2 to 8 bits
-QUANTITIES = {"bits": "bits per weight", "bytes": "bytes of the file", "bops": "bit operations a sample", "latency": "seconds a sample"}
+QUANTITIES = {"bits": "bits per weight", "bytes": "bytes of the file", "bops": "bit operations per sample", "latency": "seconds per sample"}
 MOST_EPOCHS = 10  # labelled on an axis
 MOST_NAMED = 20_000  # precisions of evaluated subnets shown with their layers' names
 MOST_EPOCH_MARKS = 40  # epochs marked one by one on a line

@@ -100,6 +100,7 @@ class Page(NamedTuple):
         """Show the page in an iframe, because it has its own style and script."""
         return f'<iframe srcdoc="{html.escape(self.html)}" width="100%" height="640" style="border: 0"></iframe>'
 
+    @public
     def save(self, path: str | Path) -> Path:
         """Write the page."""
         check_place(Path(path), "path")
@@ -237,7 +238,7 @@ def _headline(record: Record) -> Context:
     whole = f"float {human_bytes(record.float_bytes)}; {result.percent:.1f} % of it" if record.float_bytes else ""
     amounts = [
         Amount("file size", human_bytes(result.bytes), whole),
-        Amount("bits per weight", f"{result.weight_bits:.2f}", f"{human_count(result.bops)} bit operations a sample"),
+        Amount("bits per weight", f"{result.weight_bits:.2f}", f"{human_count(result.bops)} bit operations per sample"),
     ]
     if (times := record.latency) is not None:
         faster = f"; {times.float32 / times.exported:.2g} times as fast" if times.exported > 0 else ""

@@ -10,8 +10,8 @@ from torch import nn
 
 from anybit.allocation.choice import Judge
 from anybit.allocation.sensitivity import SensitivityTable, rows_to_measure
-from anybit.budget import DROP, Budget
-from anybit.calls import public
+from anybit.budget import DROP, Budget, budget_check
+from anybit.calls import checking, public
 from anybit.data.batches import check_finite, check_finite_outputs
 from anybit.data.samples import Calibration, draw, mirrored, split
 from anybit.data.tasks import Metric, joined, keeping_task, labels_fit, labels_in, outputs_of_each, task_of
@@ -45,6 +45,7 @@ from anybit.sources.preprocessing import Preprocessing
 
 
 @public
+@checking(budget=budget_check())
 @shown_in_notebooks
 @keeping_task()
 def allocate(
@@ -69,8 +70,7 @@ def allocate(
 
     Raises InfeasibleBudget if no scheme fits, SchemeMismatch if the model is another, and InvalidFile if the run has no valid candidates.
     """
-    if not isinstance(run, (str, Path)):
-        raise InvalidSetting(f"allocate reads a run folder, not a {type(run).__name__}. Save the result first: result.save('run').")
+    limits = Budget.parse(budget)
     folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them works
     file = read_scheme(folder)
     float_model = float_model_of(folder, file, model)
@@ -102,7 +102,7 @@ def allocate(
         if settings.mirror:
             calibration = mirrored(calibration)
         network = with_latencies(
-            observe_network(float_model, example_of(calibration), replace(settings.options, gradients=False)), [Budget.parse(budget)]
+            observe_network(float_model, example_of(calibration), replace(settings.options, gradients=False)), [limits]
         )
         check_memory(network, calibration, replace(settings, sequential=False, parallel=False, bias_tuning=False), floor=0)
         _check_shapes(network, shapes, folder)
@@ -120,7 +120,7 @@ def allocate(
         entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)
         entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and contents_of(metric))
     task, labels = task_of(reference, calibration.held_out[0].reader, file.task), labels_in(calibration.held_out)
-    scored = labels is not None and labels_fit(reference, labels, task, needed=metric is None and Budget.parse(budget).loss() is DROP)
+    scored = labels is not None and labels_fit(reference, labels, task, needed=metric is None and limits.loss() is DROP)
     judge = Judge(network, candidates, calibration.held_out, reference, task, metric, entries, scored)
     light = replace(settings, sequential=False, bias_tuning=False)
     tested = 0 if tests is None else len(tests)
@@ -134,7 +134,7 @@ def allocate(
         provenance["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
     return finish(
         bench,
-        Budget.parse(budget),
+        limits,
         provenance,
         {key: saved[key] for key in ("table", "choices", "settings", "network", "data") if key in saved},
         clock,

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from anybit.allocation.choice import Choice, Judge, check_feasible
-from anybit.budget import DROP, LATENCY, Budget, cost_quantities, parse_budgets
-from anybit.calls import public
+from anybit.budget import DROP, LATENCY, Budget, budget_check, cost_quantities, listed, parse_budgets
+from anybit.calls import checking, public
 from anybit.data.batches import Batch, check_finite, check_finite_outputs, naming_sample
 from anybit.data.samples import Calibration, Samples, draw, mirrored, split
 from anybit.data.tasks import (
@@ -87,6 +87,7 @@ from anybit.sources.preprocessing import Preprocessing
 
 
 @public
+@checking(budget=budget_check())
 @shown_in_notebooks
 @takes(CalibrateSettings)
 @torch.inference_mode(False)
@@ -123,11 +124,10 @@ def calibrate(
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
     options = CalibrateSettings.of(**settings)
-    several = isinstance(budget, Sequence) and not isinstance(budget, (str, bytes, bytearray))
-    asked: list[Any] = list(budget) if isinstance(budget, Sequence) and several else [budget]
-    if not asked:
+    several = isinstance(budget, (list, tuple))
+    if several and not budget:
         raise InvalidSetting("budget is an empty list. Give budgets, such as ['4bit', '3bit'], or none to keep 8 bits where possible.")
-    budgets = [None] if budget is None else list(parse_budgets(one for one in asked if one is not None))
+    budgets = [None] if budget is None else list(parse_budgets(listed(budget)))
     model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, options.task)
     samples = draw(samples_from(data, workers, preprocessing, model, options.samples), options.samples, options.seed).on(device)
     if test is None:

@@ -11,8 +11,8 @@ from torch import nn
 
 from anybit.allocation.choice import Judge
 from anybit.allocation.sensitivity import SensitivityTable
-from anybit.budget import LATENCY, Budget
-from anybit.calls import public
+from anybit.budget import LATENCY, Budget, budget_check, check_is_counted
+from anybit.calls import checking, public
 from anybit.data.batches import Batch, check_finite
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, keeping_task, outputs_of, outputs_of_each, task_of
@@ -106,6 +106,7 @@ def polished(
 
 
 @public
+@checking(budget=budget_check(check_is_counted))
 @shown_in_notebooks
 @takes(CalibrateSettings, only=POLISH)
 @keeping_task()
@@ -141,10 +142,10 @@ def extract(
         raise InvalidSetting(
             f"{next(iter(settings))} does not apply to an extraction without polish. Leave it out, or give --polish and --data."
         )
+    limits = None if budget is None else Budget.parse(budget, check_is_counted)
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     clock = StageClock()
     samples = None if data is None else supernet_data(run, supernet, data, workers)
-    limits = None if budget is None else Budget.parse(budget)
     if limits is not None and samples is not None:
         supernet = supernet_with_latencies(supernet, samples, [limits])
     chosen = best_within(run, supernet, limits) if limits is not None else _scheme_from(scheme)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from anybit.allocation.choice import check_feasible
-from anybit.budget import Budget, check_counts_weights
-from anybit.calls import public
+from anybit.budget import Budget, budget_check, check_counts_weights
+from anybit.calls import checking, public
 from anybit.data.batches import Batch, check_finite, tensors_in
 from anybit.data.samples import Samples, draw
 from anybit.data.tasks import Metric, Task, labelled_outputs, outputs_of, task_of
@@ -155,6 +155,7 @@ def soft_and_frozen(
 
 
 @public
+@checking(budget=budget_check(check_counts_weights))
 @shown_in_notebooks
 @takes(GrowSettings)
 @torch.inference_mode(False)

@@ -19,12 +19,14 @@ from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision
 from anybit.settings import takes
 from anybit.sources.inputs import check_outputs, compared, first_samples, samples_from
-from anybit.sources.models import adapted_network
+from anybit.sources.models import adapted_network, load_model
 
 
 @public
 @takes(CalibrateSettings)
-def inspect(model: nn.Module, data: Any = None, *, export: bool = True, cache: str | Path | bool = True, **settings: Any) -> dict[str, Any]:
+def inspect(
+    model: nn.Module | str, data: Any = None, *, export: bool = True, cache: str | Path | bool = True, **settings: Any
+) -> dict[str, Any]:
     """Return layers, shapes, coverage, the cost of each bit-width, and whether the network can be exported, as a dict.
 
     `data` needs one input. Without it, results of a forward pass are None (shapes of inputs and outputs, MACs, BOPs, folds, blocks),
@@ -34,7 +36,8 @@ def inspect(model: nn.Module, data: Any = None, *, export: bool = True, cache: s
     cache    folder of the exported graph, as for `export`
     """
     chosen = CalibrateSettings.of(**settings)
-    options, model = replace(chosen.options, gradients=False), adapted_network(model)
+    options = replace(chosen.options, gradients=False)
+    model = load_model(model, None, chosen.task) if isinstance(model, str) else adapted_network(model)
     check_network(model)
     if data is None:
         network, trial = unobserved_network(model, options), {"ok": None, "reason": "it needs data"}

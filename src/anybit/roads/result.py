@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from anybit.calls import public
 from anybit.networks.candidates import Candidates
 from anybit.networks.canonical import Canonical
 from anybit.networks.cost import CostModel
@@ -21,7 +22,6 @@ from anybit.runs.report import write_report
 from anybit.runs.scheme_file import write_canonical
 from anybit.runs.trusted import trust
 from anybit.scheme import Scheme
-from anybit.wording import as_in_python
 
 if TYPE_CHECKING:
     import pandas
@@ -98,7 +98,7 @@ class Result:
     def _repr_html_(self) -> str:
         return self.plot()._repr_html_()
 
-    @as_in_python()
+    @public
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the run folder, completely or not at all."""
         with new_folder(Path(folder), overwrite) as draft:

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from anybit.allocation.choice import fits_budget
-from anybit.budget import BYTES, PERCENT, Budget, check_is_counted, cost_quantities, own_costs, parse_budgets
-from anybit.calls import public
+from anybit.budget import BYTES, PERCENT, Budget, budget_check, check_is_counted, cost_quantities, listed, own_costs, parse_budgets
+from anybit.calls import checking, public
 from anybit.data.batches import Batch, check_finite
 from anybit.data.samples import Samples
 from anybit.data.tasks import TASKS, Metric, keeping_task, metric_name
@@ -42,7 +42,6 @@ from anybit.supernets.folder import load_supernet
 from anybit.supernets.prepared import bn_batches, held_out_split
 from anybit.supernets.statistics import KnownSubnet
 from anybit.supernets.supernet import Supernet, scores, uniform_schemes, write_supernet
-from anybit.wording import as_in_python
 
 TIE = 1e-3
 """Points of top-1 that equal one nat of loss."""
@@ -102,7 +101,7 @@ class Search:
     chosen: dict[str, Scheme]
     report: dict[str, Any]
 
-    @as_in_python()
+    @public
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the folder of the search: the supernet with the new statistics, search.json, report.json."""
         with new_folder(Path(folder), overwrite) as draft:
@@ -260,8 +259,11 @@ def _why_too_large(supernet: Supernet, budget: Budget) -> str:
     counted = ", ".join(f"{least[cost]} ({least[PERCENT]})" if cost is BYTES else least[cost] for cost in own_costs())
     timed = "".join(f" and is predicted to take {words}" for cost, words in least.items() if cost.known)
     exceeded = [cost for cost, limit in budget.costs() if amounts[cost] > limit]
+    enough = ",".join(
+        cost.text(amounts[cost], cost.unit_for(limit)) if cost in exceeded else cost.exact_text(limit) for cost, limit in budget.costs()
+    )
     remedy = next((cost.remedy for cost in exceeded if cost.known), exceeded[0].remedy)
-    return f"The smallest subnet has {counted}{timed}: more than the budget {budget}. Raise the budget to that, or {remedy}."
+    return f"The smallest subnet has {counted}{timed}: more than the budget {budget}. Raise the budget to {enough}, or {remedy}."
 
 
 def _evaluated_in(folder: Path, supernet: Supernet) -> list[tuple[float, float, Scheme]]:
@@ -288,13 +290,14 @@ def best_within(folder: Any, supernet: Supernet, budget: Budget) -> Scheme:
 
 
 @public
+@checking(budget=budget_check(check_is_counted))
 @shown_in_notebooks
 @takes(SearchSettings)
 @keeping_task()
 def search(
     run: str | Path | Supernet,
     data: Any = None,
-    budget: str | Budget | Sequence[str | Budget] = (),
+    budget: str | Budget | Sequence[str | Budget] | None = None,
     *,
     model: nn.Module | str | None = None,
     metric: Metric | None = None,
@@ -314,8 +317,8 @@ def search(
     Raises InfeasibleBudget with the smallest possible budget if no subnet fits one.
     """
     options = SearchSettings.of(**settings)
+    budgets = parse_budgets(listed(budget), check_is_counted)
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
-    budgets = parse_budgets([budget] if isinstance(budget, (str, bytes, Budget)) else budget)
     samples = supernet_data(run, supernet, data, workers).on(device)
     supernet = supernet_with_latencies(supernet, samples, budgets)
     for one in budgets:

@@ -6,7 +6,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -24,6 +24,7 @@ from anybit.sources.models import adapted_network, load_model
 from anybit.sources.preprocessing import Preprocessing
 
 
+@runtime_checkable
 class Unsaved(Protocol):
     """A result in memory, not yet a folder: the canonical form, and the provenance for its scheme.json."""
 

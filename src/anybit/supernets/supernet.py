@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from anybit.calls import public
 from anybit.data.batches import Batch
 from anybit.data.tasks import Metric
 from anybit.data.tasks import evaluate as evaluate_model
@@ -34,7 +35,6 @@ from anybit.supernets.prepared import bit_distance, bit_widths, to_store, unifor
 from anybit.supernets.settings import SupernetSettings
 from anybit.supernets.statistics import KnownSubnet, active_norms, set_statistics, statistics_of
 from anybit.supernets.store import StoredLayer, SupernetFile, SupernetLayer, to_json
-from anybit.wording import as_in_python
 
 
 @dataclass
@@ -164,7 +164,7 @@ class Supernet:
             raise InvalidFile(f"{where}: a stored batch-norm variance of {known.scheme} is below zero. Restore it or train again.")
         check_edges({name: (float(low), float(high)) for name, (low, high) in zip(self.edges, known.edges, strict=True)}, where)
 
-    @as_in_python()
+    @public
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the supernet's folder, completely or not at all."""
         with new_folder(Path(folder), overwrite) as draft:
