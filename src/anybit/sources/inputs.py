@@ -455,7 +455,7 @@ def compared(model: nn.Module, samples: Samples, outputs: Mapping[str, float], t
     own = copied(model)  # a first pass may change it
     reader, others = output_reader(own, batches, outputs)
     if reader is not None and len(reader.outputs) > 1:
-        shown = ", ".join(f"{one.name} {list(one.shape[one.shape[0] == 1 :])}" for one in reader.outputs)
+        shown = ", ".join(map(str, reader.outputs))
         tell("note", note=f"outputs compared, each by its squared error over its mean square: {shown}. --outputs chooses and weighs them")
     if others:
         tell("note", note="outputs not compared: " + ", ".join(f"{name} ({why})" for name, why in others.items()))
