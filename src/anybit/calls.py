@@ -75,13 +75,13 @@ def public(function: Function) -> Function:
             plain = [name for name in options if name in bound and name not in OBJECTS]
             for name in plain:
                 bound[name] = _checked(options[name], bound[name], signature.parameters[name], function.__name__)
+            check_takes_two(bound.get("metric"))
             for name, check in checks.items():
                 check(bound.get(name))
             for name in [name for name in options if name in bound and name in OBJECTS]:
                 bound[name] = _checked(options[name], bound[name], signature.parameters[name], function.__name__)
             for name in DATA & bound.keys():
                 bound[name] = _data(name, bound[name], signature.parameters[name].default)
-            check_takes_two(bound.get("metric"))
             return function(*call.args, **call.kwargs)
 
     return called  # type: ignore[return-value]

@@ -18,7 +18,7 @@ from anybit.data.batches import Batch, call, check_finite, map_tensors, read_out
 from anybit.data.samples import Samples
 from anybit.data.tasks import Metric, check_metric_on, compare_exported, keeping_task, outputs_of
 from anybit.environment import environment
-from anybit.errors import InvalidInput
+from anybit.errors import InvalidInput, InvalidSetting
 from anybit.exports.formats import check_new_file
 from anybit.files.cache import LIMIT, Cache, open_cache, trim_cache
 from anybit.networks.observed import observe_network
@@ -236,6 +236,11 @@ def profile(
 
     Returns seconds per sample: of each layer, of its boundaries, and of whole networks.
     """
+    preprocessing.check_applies(data)
+    if weights is not None and not isinstance(model, str):
+        raise InvalidSetting(
+            f"The weights {weights} are for a model given by reference, but a network was given. Load them into it yourself."
+        )
     network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else adapted_network(model)
     adjusted = with_model_defaults(preprocessing, network)
     samples = load_data(data, adjusted, workers, network) if isinstance(data, str) else as_samples(data, workers, network)

@@ -44,6 +44,8 @@ def evaluate(
 
     Raises InvalidInput for missing labels, or labels that do not fit the outputs.
     """
+    if not isinstance(data, str):
+        preprocessing.check_applies(data)
     recorded = recorded_outputs(model)
     model, preprocessing, task = _network(model, preprocessing, task)
     samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)

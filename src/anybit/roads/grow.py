@@ -189,6 +189,7 @@ def grow(
     grow_settings = GrowSettings.of(**settings)
     budget, scheme = _parsed_target(budget, scheme)
     method = grow_method_name(grow_settings.method, scheme is not None)
+    grow_settings.check_effect(grow_settings.needs_of(method, budget is not None, scheme))
     place = checkpoint_place(checkpoint)
     clock = StageClock()
     float_model, samples, tests, provenance = training_inputs(

@@ -40,6 +40,7 @@ def follow_model(
     Class folders of data and test data are numbered together.
     """
     provenance: dict[str, Any] = {}
+    preprocessing.check_applies(data, test)
     if isinstance(model, str):
         place = weights if weights in (None, RANDOM) else str(Path(weights).resolve())
         provenance["model"] = {"reference": absolute(model), "weights": place}

@@ -59,6 +59,8 @@ def train(
     The result's weights are those of the store: rounded to 8 bits. Raises the errors of `grow`.
     """
     options = SupernetSettings.of(**settings)
+    for note in options.notes_on_effect():
+        tell("note", note=note)
     place = checkpoint_place(checkpoint)
     clock = StageClock()
     float_model, samples, tests, provenance = training_inputs(

@@ -2,14 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from anybit.data.options import parse_columns
+from anybit.data.options import TEXT_SUFFIXES, parse_columns, suffix_of
 from anybit.errors import InvalidSetting
-from anybit.settings import NUMBERS, Settings, Text, documented, option
+from anybit.settings import NUMBERS, Need, Settings, Text, documented, option
 
 LONGEST_SIDE = 2**14
 """Limit for resized images: beyond it, one image takes gigabytes."""
+OF_IMAGES, OF_PIXELS, OF_TEXTS = ("size", "resize", "interpolation", "classes"), ("mean", "std"), ("columns", "length", "stride")
+FOR = {
+    **dict.fromkeys(OF_PIXELS, "folders of images and files of arrays"),
+    **dict.fromkeys(OF_IMAGES, "folders of images"),
+    **dict.fromkeys(OF_TEXTS, "files of texts"),
+}
+"""Option -> the data to which it applies."""
 CLASSES = Text(lambda text: tuple(text.split(",")), ",".join, "names with commas: cat,dog")
 
 
@@ -43,6 +51,18 @@ class Preprocessing(Settings):
         if self.classes is not None and (not all(self.classes) or len(set(self.classes)) < len(self.classes)):
             raise InvalidSetting(f"--classes={CLASSES.write(self.classes)} has a name twice, or none. Name each class folder once.")
 
+    def needs(self) -> list[Need]:
+        return [Need(("interpolation",), bool(self.size or self.resize), "without resizing", "--size=224")]
+
+    def check_applies(self, *references: Any) -> None:
+        """Raise InvalidSetting for an option that changes nothing in any of the data, references or data in memory (None: not given)."""
+        given = [one for one in references if one is not None]
+        applied = {name for one in given for name in (_applied_to(one) if isinstance(one, str) else ())}
+        places = " and ".join(f"data {one}" if isinstance(one, str) else "data in memory" for one in given) or "without data"
+        where = f"on {places}" if given else places
+        needs = [Need((name,), name in applied, f"{where}: it is for {FOR[name]}") for name in FOR]
+        self.check_effect(needs)
+
     @property
     def black(self) -> tuple[float, ...]:
         """Return the value of a black pixel after normalization, one number for each channel or for all."""
@@ -61,6 +81,15 @@ class Preprocessing(Settings):
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in super().to_json().items() if value is not None}
+
+
+def _applied_to(reference: str) -> tuple[str, ...]:
+    """Return the options that change the data of a reference; of what cannot be told here, all."""
+    if reference.startswith("hf:") or suffix_of(reference) in TEXT_SUFFIXES:
+        return OF_TEXTS
+    if suffix_of(reference) in (".npz", ".npy"):
+        return OF_PIXELS
+    return () if ":" in reference and not Path(reference).exists() else (*OF_IMAGES, *OF_PIXELS)
 
 
 def overridden(recorded: Preprocessing, overrides: Preprocessing) -> Preprocessing:
