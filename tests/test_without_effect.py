@@ -89,7 +89,7 @@ def test_options_of_another_method_are_refused(method, run_folder):
     [
         (lambda: anybit.train(make(Chain), DATA, step_rates={3: 0.1}, bits=(2, 4)), "step_rates= has no effect for 3 bits"),
         (lambda: anybit.grow(make(Chain), DATA, strength=0.5), "strength=0.5 has no effect without a budget"),
-        (lambda: anybit.grow(make(Chain), DATA, method="msq", drops=5), "drops=5 has no effect without a budget"),
+        (lambda: anybit.grow(make(Chain), DATA, method="msq", pull=0.1), "pull=0.1 has no effect without a budget"),
         (lambda: anybit.grow(make(Chain), DATA, "4bit", prune=True, anchor=False), "anchor=False has no effect with prune=True"),
         (lambda: anybit.grow(make(Chain), DATA, scheme=anybit.Scheme(), keep={"fc": "W8A8"}), "keep= has no effect with scheme="),
         (lambda: anybit.grow(make(Chain), DATA, scheme=anybit.Scheme(), activation_bits=4), "activation_bits=4 has no effect with scheme="),

@@ -124,10 +124,8 @@ def _data(name: str, value: Any, default: Any) -> Any:
     lacking = default is not None if value is None else isinstance(value, str) and not value
     if lacking or isinstance(value, (Number, bytes, bytearray)) or inspect.isroutine(value):
         form = "Call it and give its result:" if inspect.isroutine(value) else "Give"
-        raise InvalidInput(
-            f"{name}={reprlib.repr(value)} is not data. {form} a data set, a DataLoader, arrays (x, y), or a reference such as "
-            f"{name}='data.npz'."
-        )
+        given = f"{name}={reprlib.repr(value)}, of type {type(value).__name__}, is not data."
+        raise InvalidInput(f"{given} {form} a data set, a DataLoader, arrays (x, y), or a reference such as {name}='data.npz'.")
     return str(value) if isinstance(value, Path) else value
 
 

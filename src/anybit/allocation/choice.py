@@ -71,10 +71,14 @@ class Judge:
     def labels(self) -> Tensor | None:
         return labels_in(self.held_out)
 
-    def lost(self, scores: Mapping[str, float]) -> float:
-        """Return what scores lose against the float network, in percent as "drop=" budgets count it."""
+    def float_score(self) -> float:
+        """Return the score of the float network that "drop=" budgets limit."""
         assert self.counted is not None  # else the budget was refused
-        float_score = self.of_outputs(self.reference)[self.counted]
+        return self.of_outputs(self.reference)[self.counted]
+
+    def lost(self, float_score: float, scores: Mapping[str, float]) -> float:
+        """Return what scores lose against the float network's, in percent as "drop=" budgets count it."""
+        assert self.counted is not None  # else the budget was refused
         return (float_score - scores[self.counted]) / (percent_of(float_score) if self.metric is not None else 1.0)
 
 
@@ -189,7 +193,7 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
         raise InvalidSetting(
             "A budget of drop= needs labelled data, and a --metric unless the network is a classifier. Give them, or use loss=."
         )
-    allowed = budget.limit(DROP.name) or 0.0
+    float_score, allowed = judge.float_score(), budget.limit(DROP.name) or 0.0
     others = tuple(c for c in budget.conditions if c.quantity != DROP.name)
     rows: list[dict[str, Any]] = []
     passed: tuple[Scheme, Allocation] | None = None
@@ -207,7 +211,7 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
             continue
         row = measured_row(network, table, f"allocated at {bits:.2f} bits", allocation.scheme, judge)
         rows.append(row)
-        lost = judge.lost(row)
+        lost = judge.lost(float_score, row)
         if lost <= allowed:
             passed, high = (allocation.scheme, allocation), bits
         elif attempt == 0:

@@ -312,7 +312,7 @@ def tell_of_drop(budgets: Sequence[Budget], metric: Metric, float_score: float) 
 
 def _within_drop(bench: CalibrationState, drop: float, polished: nn.Module) -> bool:
     """Return whether the polished model loses no more than the allowed drop."""
-    return bench.judge.lost(bench.judge.of_model(polished)) <= drop
+    return bench.judge.lost(bench.judge.float_score(), bench.judge.of_model(polished)) <= drop
 
 
 def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:

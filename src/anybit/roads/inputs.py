@@ -1,10 +1,12 @@
 """The inputs of a road: its network, samples and test data, checked before any work."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -12,7 +14,7 @@ from anybit.data.batches import Batch, join
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, check_metric
 from anybit.errors import InvalidInput, InvalidSetting, naming
-from anybit.files.whole import check_place
+from anybit.files.whole import check_place, claimed
 from anybit.loops.processes import join_processes
 from anybit.networks.coarse import coarse_in_words
 from anybit.networks.copies import checked_copy, copied
@@ -30,6 +32,8 @@ from anybit.sources.models import adapted_network, load_model, with_model_defaul
 from anybit.sources.preprocessing import Preprocessing
 from anybit.sources.references import RANDOM, check_device
 from anybit.supernets.supernet import Supernet
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def follow_model(
@@ -143,6 +147,20 @@ def checkpoint_place(checkpoint: str | Path | None) -> Path | None:
     if path.is_dir():
         raise InvalidSetting(f"{path} is a folder. Name a file with --checkpoint.")
     return path
+
+
+def claiming_checkpoint(function: Function) -> Function:
+    """Decorate a training: of several at once with one checkpoint, the first goes on, and the others are refused."""
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **keywords: Any) -> Any:
+        place = checkpoint_place(keywords.get("checkpoint"))
+        if place is None or os.environ.get("RANK", "0") != "0":  # processes of one training share it
+            return function(*arguments, **keywords)
+        with claimed(place, "--checkpoint"):
+            return function(*arguments, **keywords)
+
+    return called  # type: ignore[return-value]
 
 
 def training_inputs(

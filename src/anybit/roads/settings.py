@@ -179,7 +179,8 @@ class GrowSettings(Settings):
         anchored = not (self.csq.prune and method == "csq")
         return [
             *(Need((name,), False, f"with --method={method}", f"--method={other}") for name, other in of_others.items()),
-            Need(("strength", "ramp", "weighting", "dropping", "drops", "pull"), has_budget, "without a budget", "a budget"),
+            Need(("strength", "ramp", "weighting", "dropping", "pull"), has_budget, "without a budget", "a budget"),
+            Need(("drops",), has_budget or method != "msq", "without a budget", "a budget", amounts=True),
             Need(("anchor",), anchored, "with --prune, which closes all planes of a layer"),
             Need(("keep",), scheme is None, fixed),
             Need(("activation_bits",), scheme is None or self.activation_bits in {one.activation_bits for one in scheme.values()}, fixed),
