@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from commands import anybit_cli
-from networks import Chain, make, pictures
+from networks import Chain, images, make
 
 import anybit
 from anybit.data.options import parse_outputs
@@ -21,7 +21,7 @@ from anybit.settings import Option, options_of, without_none
 from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.settings import SupernetSettings
 
-DATA = (pictures(8), torch.arange(8) % 5)
+DATA = (images(8), torch.arange(8) % 5)
 TRAINING = ("start", "rounding", "drop", "tune_scales")
 DRAWING = ("explored", "rounds", "targets", "population", "generations", "mutation", "seed")
 IDLE = [

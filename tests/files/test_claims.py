@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import anybit_cli
-from networks import Chain, make, pictures
+from networks import Chain, images, make
 
 import anybit
 from anybit.errors import InvalidSetting
@@ -32,7 +32,7 @@ def test_second_of_two_verbs_on_one_output_is_told_of_the_first(here, verb):
 
 @pytest.mark.parametrize("verb", [anybit.grow, anybit.train])
 def test_second_of_two_trainings_on_one_checkpoint_is_told_of_the_first(here, verb):
-    model, data = make(Chain), (pictures(8), torch.arange(8) % 5)
+    model, data = make(Chain), (images(8), torch.arange(8) % 5)
     told = pytest.raises(InvalidSetting, match=r"is writing kept\. Wait until it is done, or choose another checkpoint=")
     with claimed(here / "kept", "--checkpoint"), told:
         in_a_thread(lambda: verb(model, data, checkpoint="kept"))
@@ -40,7 +40,7 @@ def test_second_of_two_trainings_on_one_checkpoint_is_told_of_the_first(here, ve
 
 
 def test_trainings_at_once_end_right_or_are_told_why(here):
-    model, data = make(Chain), (pictures(16), torch.arange(16) % 5)
+    model, data = make(Chain), (images(16), torch.arange(16) % 5)
 
     def grown(_):
         try:

@@ -142,7 +142,7 @@ def test_runtime_equals_the_integer_reference(name, seed, tmp_path):
 @pytest.mark.parametrize("precision", [Precision(8, 8), Precision(7, 8), Precision(8, 7), Precision(2, 8)], ids=str)
 @pytest.mark.parametrize("name", ["joined", "mixed"])
 def test_saturating_layers_are_named_and_summed_exactly(name, precision, tmp_path):
-    """Two products of 8-bit codes can exceed 16 bits, the accumulator of some processors unless a session asks for more."""
+    """Two products of 8-bit codes can exceed 16 bits, the accumulator of some processors unless a session asks for a wider one."""
     canonical, graphs, batch = canonical_and_graphs(name, precision=precision)
     save(graphs.integer, tmp_path / "net.onnx")
     file = load(tmp_path / "net.onnx")
@@ -272,7 +272,7 @@ def test_layer_kept_float_between_integer_ones_stays_float(tmp_path):
 
 @pytest.mark.parametrize("between", [[], [nn.ReLU()], [nn.ReLU6()]], ids=["", "relu", "relu6"])
 def test_pool_after_a_float_layer_is_rounded_after_pooling(between, tmp_path, monkeypatch):
-    """To the same numbers: the runtime's maximum of floats is fast, that of codes in its float layout is slow."""
+    """The numbers are the same: the runtime computes the maximum of floats fast, that of codes in their float layout slowly."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3), *between, nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)]
     batch = inputs((3, 16, 16))
@@ -528,7 +528,7 @@ def verdict_of(canonical, graphs, batch, folder):
 @exactly
 @pytest.mark.parametrize("width", [8, 6])
 def test_a_transposed_operand_is_compared_as_its_operator_reads_it(width, tmp_path):
-    """Its shape says nothing where tokens are as many as their numbers; where they are not, its codes were not compared at all."""
+    """Shapes cannot tell it if there are as many tokens as channels; otherwise its codes were once not compared at all."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -764,7 +764,7 @@ def test_layer_that_no_output_depends_on_is_left_out(tmp_path):
 
 
 class Positions(nn.Embedding):
-    """Looks up positions from 2 on; reads tokens, whose number alone it takes."""
+    """Looks up positions from 2 on; of the tokens, it uses only their number."""
 
     def __init__(self, of_the_tokens):
         super().__init__(12, 6)
@@ -808,7 +808,7 @@ def test_a_layer_may_have_the_names_that_the_runtime_makes(tmp_path):
 
 
 def test_layers_where_autocast_is_turned_off_are_found_in_the_graph(tmp_path):
-    """Linear attention divides in float32, whatever is around it."""
+    """Linear attention divides in float32, whatever surrounds it."""
 
     def function(s, x):
         with torch.autocast("cpu", enabled=False):
@@ -958,6 +958,89 @@ def test_rejects_fixed_batch_size():
         exported(canonical, batch)
 
 
+class Deciding(nn.Module):
+    """A forward that looks at the numbers before it goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 4)
+
+    def forward(self, x):
+        if (x > 0).any():
+            x = 2 * x
+        return self.a(x)
+
+
+def test_branch_on_data_is_refused_by_its_line():
+    canonical = canonical_of(Deciding().eval(), inputs((6,)), lambda layer: Precision(8, 8))
+    with pytest.raises(
+        UnsupportedModel, match=r"numbers in a tensor .* line \d+ of test_onnx\.py: if \(x > 0\)\.any\(\):\. .*torch\.where"
+    ):
+        exported(canonical, inputs((6,)))
+
+
+class Masked(nn.Module):
+    """A float number minus an integer mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 4)
+
+    def forward(self, x, mask):
+        return self.a(x * (1.0 - mask))
+
+
+def test_integer_mask_subtracted_from_a_number_is_exported():
+    batch = Batch((inputs((6,)).inputs, torch.randint(2, (16, 6))))
+    canonical = canonical_of(Masked().eval(), batch, lambda layer: Precision(8, 8))
+    with torch.no_grad():
+        simulated = call(canonical.model, batch.inputs)
+    assert torch.from_numpy(runtime_outputs(exported(canonical, batch).integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
+class Counted(nn.Module):
+    """A forward that takes the size of the batch by `len`."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 4), nn.Linear(4 * 36, 5)
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.b(h.reshape(len(h), -1)).tile([len(h) // len(x), 1])
+
+
+class Pairs(nn.Module):
+    """Both images of a pair pass in one batch, whose halves have to be alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 4), conv(4, 2)
+
+    def forward(self, x, y):
+        one, other = torch.chunk(input=F.relu(self.a(torch.cat([x, y]))), chunks=2, dim=0)
+        if one.shape != other.shape:
+            raise ValueError("the images of a pair have one size")
+        return self.b(one - other)
+
+
+@pytest.mark.parametrize(("network", "count"), [(Counted, 1), (Pairs, 2)])
+def test_file_takes_batches_of_any_size(network, count):
+    torch.manual_seed(0)
+    pictures = [inputs((3, 8, 8), seed=seed).inputs for seed in range(count)]
+
+    def batch(size):
+        return Batch(pictures[0][:size] if count == 1 else tuple(one[:size] for one in pictures))
+
+    canonical = canonical_of(network().eval(), batch(16), lambda layer: Precision(8, 8))
+    file = exported(canonical, batch(16)).integer
+    for size in (1, 3):
+        with torch.no_grad():
+            simulated = call(canonical.model, batch(size).inputs)
+        assert torch.from_numpy(runtime_outputs(file, batch(size))[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+    assert "len" not in globals()
+
+
 def test_of_equal_looking_edges_the_widest_is_chosen():
     """On the first inputs no value reaches the clamp, so that the clamped tensor equals the unclamped one."""
     torch.manual_seed(0)
@@ -1011,7 +1094,7 @@ def test_verify_detects_exchanged_outputs(tmp_path):
 
 
 def test_verify_uses_ranges_measured_by_the_export(tmp_path):
-    """Other inputs than the export's would give other ranges, but the file is still the run's."""
+    """Inputs other than the export's would give other ranges, but the file still belongs to the run."""
     torch.manual_seed(0)
     network = Odd(lambda s, x: s.b(s.norm(s.a(x))), a=conv(3, 8), norm=nn.GroupNorm(2, 8), b=conv(8, 4))
     batch = inputs((3, 8, 8))
@@ -1028,7 +1111,7 @@ def test_verify_uses_ranges_measured_by_the_export(tmp_path):
 
 
 def test_run_from_before_rounded_edges_opens_and_exports(tmp_path):
-    """Its scheme.json lists no rounded edges: its outputs stay the same, and its file's simulation rounds them."""
+    """Its scheme.json lists no rounded edges: its outputs stay the same, and the simulation of its file rounds them."""
     torch.manual_seed(0)
     network = Odd(lambda s, x: s.a(x) + s.b(x), a=conv(3, 4), b=conv(3, 4)).eval()
     x = inputs((3, 8, 8)).inputs

@@ -1,7 +1,7 @@
 """A batch: the arguments of `forward`, and optional labels. Samples become batches here and nowhere else."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +14,14 @@ from torch.utils.data import default_collate
 from anybit.errors import AnybitError, InvalidInput, UnsupportedModel
 
 Inputs = Tensor | tuple | dict
+
+
+class Targets(list):
+    """Labels that are not numbers, one per sample as the data's items hold them (dictionaries of boxes, lists): only a custom metric reads
+    them."""
+
+
+Labels = Tensor | Targets
 IGNORED = -100
 """The label of a token or place that is not scored, as in PyTorch's cross-entropy."""
 
@@ -41,13 +49,14 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """`inputs`: a tensor, a tuple (positional arguments) or a dict (keyword arguments); `labels`: int64 [N] or None.
+    """`inputs`: a tensor, a tuple (positional arguments) or a dict (keyword arguments); `labels`: numbers [N, ...], `Targets` or
+    None.
 
     `reader` reads the model's output; None reads its first tensor. `places` are the samples' numbers in the data, if known.
     """
 
     inputs: Inputs
-    labels: Tensor | None = None
+    labels: Labels | None = None
     reader: Reader | None = None
     places: tuple[int, ...] | None = None
 
@@ -68,8 +77,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Move the batch to `device`."""
-        labels = None if self.labels is None else self.labels.to(device)
-        return Batch(map_tensors(self.inputs, lambda t: t.to(device)), labels, self.reader, self.places)
+        inputs, labels = map_tensors((self.inputs, self.labels), lambda tensor: tensor.to(device))
+        return Batch(inputs, labels, self.reader, self.places)
 
     def head(self, count: int) -> "Batch":
         """Return the inputs of the first samples, without labels."""
@@ -93,6 +102,38 @@ class Batch:
 def predict(model: nn.Module, batch: Batch) -> Tensor:
     """Run `model` on the batch and return the predictions that the batch's reader reads from its output."""
     return read_output(call(model, batch.inputs), batch)
+
+
+def token_mask(tokens: Tensor, batch: Batch) -> Tensor | None:
+    """Return the mask, bool [N, T], of the real tokens in an output tensor [N, T, ...]; None if the inputs have none.
+
+    For an encoder-decoder, the tokens are its decoder's.
+    """
+    inputs = batch.named
+    mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == tokens.shape[:2] else None
+
+
+def are_token_classes(batch: Batch) -> bool:
+    """Return whether the labels of padded texts are an integer for each token."""
+    labels, mask = batch.labels, batch.mask
+    return mask is not None and isinstance(labels, Tensor) and labels.shape == mask.shape and not labels.is_floating_point()
+
+
+def of_other_length(batch: Batch) -> Batch:
+    """Return the inputs of padded texts without their last token, or, if there is only one, with that repeated. Raises ValueError for
+    other inputs."""
+    mask = batch.mask
+    if mask is None:
+        raise ValueError("there is no mask of tokens")
+    return Batch(map_tensors(batch.inputs, lambda tensor: _of_other_length(tensor, mask)))
+
+
+def _of_other_length(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return a tensor of tokens [N, T, ...] without the last, or, if there is only one, with that repeated; others unchanged."""
+    if tensor.shape[:2] != mask.shape:
+        return tensor
+    return tensor[:, :-1] if tensor.shape[1] > 1 else torch.cat([tensor, tensor], 1)
 
 
 @contextmanager
@@ -243,6 +284,18 @@ def first_tensor(value: Any) -> Tensor:
     if not tensors:
         raise InvalidInput(f"No tensor in a {type(value).__name__}: inputs and outputs must hold at least one.")
     return tensors[0]
+
+
+def join_labels(labels: Sequence[Labels]) -> Labels:
+    """Join the labels of batches. Raises InvalidInput if they differ in shape, or only some are numbers."""
+    if all(isinstance(one, Targets) for one in labels):
+        return Targets(target for one in labels for target in one)
+    tensors = [one for one in labels if isinstance(one, Tensor)]
+    other = next((one for one in tensors if one.shape[1:] != tensors[0].shape[1:]), None)
+    if other is not None or len(tensors) < len(labels):
+        shapes = "only some are numbers" if other is None else f"{list(tensors[0].shape)} and {list(other.shape)}"
+        raise InvalidInput(f"Labels of batches differ in shape: {shapes}. Give all labels the same shape.")
+    return torch.cat(tensors)
 
 
 def join(batches: list[Batch]) -> Batch:
