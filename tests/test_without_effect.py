@@ -18,7 +18,6 @@ from anybit.progress import listening
 from anybit.roads.settings import CalibrateSettings, GrowSettings
 from anybit.scheme import parse_keep
 from anybit.settings import Option, options_of, without_none
-from anybit.sources.preprocessing import Preprocessing
 from anybit.supernets.settings import SupernetSettings
 
 DATA = (images(8), torch.arange(8) % 5)
@@ -35,7 +34,6 @@ IDLE = [
     (SupernetSettings, {}, "label_weight"),
     (SupernetSettings, {"sandwich": "HL"}, "middle"),
     *((SearchSettings, {"strategy": "integer-program"}, name) for name in DRAWING),
-    (Preprocessing, {}, "interpolation"),
 ]
 
 
@@ -93,9 +91,6 @@ def test_options_of_another_method_are_refused(method, run_folder):
         (lambda: anybit.grow(make(Chain), DATA, "4bit", prune=True, anchor=False), "anchor=False has no effect with prune=True"),
         (lambda: anybit.grow(make(Chain), DATA, scheme=anybit.Scheme(), keep={"fc": "W8A8"}), "keep= has no effect with scheme="),
         (lambda: anybit.grow(make(Chain), DATA, scheme=anybit.Scheme(), activation_bits=4), "activation_bits=4 has no effect with scheme="),
-        (lambda: anybit.calibrate(make(Chain), DATA, preprocessing=Preprocessing(size=8)), "size=8) has no effect on data in memory"),
-        (lambda: anybit.calibrate(make(Chain), "x.npz", preprocessing=Preprocessing(length=8)), "length=8) has no effect on data x.npz"),
-        (lambda: anybit.evaluate(make(Chain), DATA, preprocessing=Preprocessing(mean=(0.5,))), "mean=) has no effect on data in memory"),
         (lambda: anybit.profile(make(Chain), DATA[0], weights="w.pt"), "The weights w.pt are for a model given by reference"),
         (lambda: anybit.extract("supernet", "3bit", metric=lambda outputs, labels: 1.0), "A metric is reported on test data"),
         (lambda: anybit.inspect(make(Chain), outputs={"0": 1.0}), "outputs= has no effect without data"),
@@ -146,14 +141,11 @@ LINES = {
     "extract run --budget 3bit --output e --steps 5": "--steps",
     "extract run --budget 3bit --output e --samples 5": "--samples",
     "evaluate run --weights w.safetensors --data x.npz": "--weights=w.safetensors has no effect on a run",
-    "evaluate --model m.py:net --data x.npz --size 8": "--size=8 has no effect on data x.npz",
-    "inspect --model m.py:net --size 8": "--size=8 has no effect without data",
     "train --model m.py:net --train x.npz --step-rates 2=0.1,2=0.2 --output t": "2 bits are given twice",
     "train --model m.py:net --train x.npz --step-rates 3=0.1 --bits 2,4 --output t": "--step-rates has no effect for 3 bits",
     "grow --model m.py:net --train x.npz --budget 3bit --start-bits 4 --output g": "--start-bits=4 has no effect with --method=csq",
     "grow --model m.py:net --train x.npz --budget 3bit --method msq --planes 4 --output g": "--planes=4 has no effect with --method=msq",
     "calibrate --model m.py:net --data x.npz --budget 4bit --pipeline light --rounding adaround --output c": "--rounding=adaround has no",
-    "calibrate --model m.py:net --data x.npz --budget 4bit --mean 0.5 --columns text=a --output c": "--columns=text=a has no effect",
 }
 
 

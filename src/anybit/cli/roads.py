@@ -164,14 +164,13 @@ def evaluate(
         raise InvalidSetting("RUN or --model is missing. Give a run folder, or --model for the float network.")
     if run is not None and weights is not None:
         raise InvalidSetting(f"--weights={weights} has no effect on a run, which has its own. Leave it out, or give --model without RUN.")
-    preprocessing.check_applies(data)
     from anybit.reports.words import scores_line
-    from anybit.roads.evaluate import evaluated_network, recorded_outputs
+    from anybit.roads.evaluate import evaluated_network, recorded_outputs, scores_of
 
     function = load_metric(metric)
-    network, preprocessing, task = evaluated_network(run, model, weights, preprocessing, task)
+    network, preprocessing, task = evaluated_network(run, model, weights, data, preprocessing, task)
     compared = outputs or (None if run is None else recorded_outputs(run))
-    scores = anybit.evaluate(network, data, function, task, batch_size, workers, device, preprocessing, compared)
+    scores = scores_of(network, data, function, task, batch_size, workers, device, preprocessing, compared)
     return Outcome(scores, lambda details: print(scores_line(scores)))
 
 
@@ -187,12 +186,13 @@ def inspect(
     anybit inspect --model torchvision:resnet18
     anybit inspect --model net.py:net --data train.npz
     """
-    preprocessing.check_applies(data)
     from anybit.sources.inputs import load_data
     from anybit.sources.models import load_model, with_model_defaults
+    from anybit.sources.preprocessing import check_applies
 
+    check_applies(preprocessing, [data])
     network = load_model(model, weights, task)
-    samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network), model=network)
+    samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network, [data]), model=network)
     settings = {"weight_bits": weight_bits, "keep": keep or {}, "outputs": outputs or {}}
     return Outcome(anybit.inspect(network, samples, export=export, cache=cache, **settings), "print_inspection")
 

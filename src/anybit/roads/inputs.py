@@ -29,7 +29,7 @@ from anybit.sources.inputs import check_outputs, compared, first_samples, sample
 from anybit.sources.labels import task_of_labels, with_class_numbers
 from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
-from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.preprocessing import Preprocessing, check_applies
 from anybit.sources.references import RANDOM, check_device
 from anybit.supernets.supernet import Supernet
 
@@ -43,8 +43,8 @@ def follow_model(
 
     Class folders of data and test data are numbered together.
     """
+    check_applies(preprocessing, [data, test])
     provenance: dict[str, Any] = {}
-    preprocessing.check_applies(data, test)
     if isinstance(model, str):
         place = weights if weights in (None, RANDOM) else str(Path(weights).resolve())
         provenance["model"] = {"reference": absolute(model), "weights": place}
@@ -55,7 +55,7 @@ def follow_model(
         )
     model = adapted_network(model)
     check_network(model)
-    preprocessing = with_model_defaults(preprocessing, model)
+    preprocessing = with_model_defaults(preprocessing, model, [data, test])
     if preprocessing.classes is None and (classes := common_classes([data, test])):
         preprocessing = replace(preprocessing, classes=classes)
     if isinstance(data, str):

@@ -1,23 +1,17 @@
 """Preprocessing of images and texts. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from anybit.data.options import TEXT_SUFFIXES, parse_columns, suffix_of
 from anybit.errors import InvalidSetting
-from anybit.settings import NUMBERS, Need, Settings, Text, documented, option
+from anybit.settings import NUMBERS, Settings, Text, documented, option
+from anybit.sources.references import is_of_arrays, split_subset
 
 LONGEST_SIDE = 2**14
 """Limit for resized images: beyond it, one image takes gigabytes."""
-OF_IMAGES, OF_PIXELS, OF_TEXTS = ("size", "resize", "interpolation", "classes"), ("mean", "std"), ("columns", "length", "stride")
-FOR = {
-    **dict.fromkeys(OF_PIXELS, "folders of images and files of arrays"),
-    **dict.fromkeys(OF_IMAGES, "folders of images"),
-    **dict.fromkeys(OF_TEXTS, "files of texts"),
-}
-"""Option -> the data to which it applies."""
 CLASSES = Text(lambda text: tuple(text.split(",")), ",".join, "names with commas: cat,dog")
 
 
@@ -51,18 +45,6 @@ class Preprocessing(Settings):
         if self.classes is not None and (not all(self.classes) or len(set(self.classes)) < len(self.classes)):
             raise InvalidSetting(f"--classes={CLASSES.write(self.classes)} has a name twice, or none. Name each class folder once.")
 
-    def needs(self) -> list[Need]:
-        return [Need(("interpolation",), bool(self.size or self.resize), "without resizing", "--size=224")]
-
-    def check_applies(self, *references: Any) -> None:
-        """Raise InvalidSetting for an option that changes nothing in any of the data, references or data in memory (None: not given)."""
-        given = [one for one in references if one is not None]
-        applied = {name for one in given for name in (_applied_to(one) if isinstance(one, str) else ())}
-        places = " and ".join(f"data {one}" if isinstance(one, str) else "data in memory" for one in given) or "without data"
-        where = f"on {places}" if given else places
-        needs = [Need((name,), name in applied, f"{where}: it is for {FOR[name]}") for name in FOR]
-        self.check_effect(needs)
-
     @property
     def black(self) -> tuple[float, ...]:
         """Return the value of a black pixel after normalization, one number for each channel or for all."""
@@ -83,13 +65,49 @@ class Preprocessing(Settings):
         return {key: value for key, value in super().to_json().items() if value is not None}
 
 
-def _applied_to(reference: str) -> tuple[str, ...]:
-    """Return the options that change the data of a reference; of what cannot be told here, all."""
-    if reference.startswith("hf:") or suffix_of(reference) in TEXT_SUFFIXES:
-        return OF_TEXTS
-    if suffix_of(reference) in (".npz", ".npy"):
-        return OF_PIXELS
-    return () if ":" in reference and not Path(reference).exists() else (*OF_IMAGES, *OF_PIXELS)
+IMAGES, ARRAYS, TEXTS, CODE = "a folder of images", "a file of arrays", "a file of texts", "Python code"
+APPLY_TO = {
+    **dict.fromkeys(("mean", "std"), (IMAGES, ARRAYS)),
+    **dict.fromkeys(("size", "resize", "interpolation", "classes"), (IMAGES,)),
+    **dict.fromkeys(("columns", "length", "stride"), (TEXTS,)),
+}
+"""Option -> the kinds of data that it preprocesses."""
+
+
+def kind_of(data: Any) -> str:
+    """Return what data, or a reference to it, is: in memory, Python code has made it."""
+    if not isinstance(data, str):
+        return CODE
+    path, _ = split_subset(data)
+    if Path(path).is_dir():
+        return IMAGES
+    if is_of_arrays(path):
+        return ARRAYS
+    return TEXTS if data.startswith("hf:") or (suffix_of(path) in TEXT_SUFFIXES and Path(path).is_file()) else CODE
+
+
+def check_applies(given: Preprocessing, data: Sequence[Any], recorded: Preprocessing = Preprocessing()) -> None:
+    """Raise InvalidSetting if an option that the user gave cannot apply to the data, such as the training and the test data; beside others,
+    data that Python code makes are used as they are. `recorded` is what a run adds to the options."""
+    kinds = {kind_of(one): one if isinstance(one, str) else "the data in memory" for one in data if one is not None}
+    for name, value in vars(given).items():
+        if value == getattr(Preprocessing(), name):
+            continue
+        applies = APPLY_TO[name]
+        wrong = [kind for kind in kinds if kind not in applies and not (kind == CODE and kinds.keys() & set(applies))]
+        if wrong or not kinds:
+            where = "there is no --data" if not wrong else f"{kinds[wrong[0]]} is {wrong[0]}"
+            where = "the data are in memory" if wrong and kinds[wrong[0]] == "the data in memory" else where
+            raise InvalidSetting(f"--{name} applies to {' or '.join(applies)}, and {where}. Leave it out.")
+    merged = overridden(recorded, given)
+    if given.interpolation != Preprocessing().interpolation and not (merged.size or merged.resize):
+        raise InvalidSetting(f"--interpolation={given.interpolation} has no effect without --size or --resize. Give one, or leave it out.")
+
+
+def applicable(preprocessing: Preprocessing, data: Any) -> Preprocessing:
+    """Return the options that apply to the data: those of a run or a model may be for others."""
+    kind = kind_of(data)
+    return replace(preprocessing, **{name: getattr(Preprocessing(), name) for name, kinds in APPLY_TO.items() if kind not in kinds})
 
 
 def overridden(recorded: Preprocessing, overrides: Preprocessing) -> Preprocessing:
