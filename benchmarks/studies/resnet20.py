@@ -6,6 +6,7 @@
     ladder      the gain of each step at each of these, one seed
     solver      with and without the closed-form solver: light, and 300 steps of AdaQuant; with processor times of one run
     roundings   each rounding alone, 300 steps from ranges on 512 images, one seed; with processor times of one run
+    sensitivities  measured and predicted sensitivity: 3 and 2.5 weight bits on average, A8, light, with and without the solver; two seeds
     mixed       4, 3 and 2.5 weight bits on average, everything in the budget: A8, and searched activation bits; three seeds
     small-sets  W4A4 from 8 to 1,024 images, three draws: ranges only, AdaQuant layer-wise and block-wise
     scatter     predicted against measured loss at 3 bits: integer program, 20 random schemes that fit, uniform
@@ -26,7 +27,7 @@ from anybit.allocation.choice import choose_scheme, measured_row
 from anybit.budget import Budget
 from anybit.data.samples import draw
 from anybit.environment import StageClock
-from anybit.methods.table import ROUNDINGS
+from anybit.methods.table import ROUNDINGS, SENSITIVITIES
 from anybit.networks.observed import ObservedNetwork
 from anybit.roads.calibrate import prepare_bench
 from anybit.roads.settings import CalibrateSettings
@@ -82,6 +83,7 @@ class Calibration(ResNet20):
             "chosen": next((row["name"] for row in report["schemes"] if row["chosen"]), None),
             "schemes": [{k: v for k, v in row.items() if k != "scheme"} for row in report["schemes"]],
             "units": report["units"],
+            "stages": report["stages"],
         }
 
 
@@ -126,6 +128,19 @@ def roundings(study: Calibration) -> None:
     for w, a in ((3, 3), (4, 4), (2, 4), (4, 8)):
         for name in ROUNDINGS:
             study.measured(f"W{w}A{a} {name}", lambda w=w, a=a, name=name: study.timed(**fixed(w, a), rounding=name, **settings))
+
+
+def sensitivities(study: Calibration) -> None:
+    settings = {"activation_bits": (8,), "pipeline": "light"}
+    for seed in range(2):
+        for chosen in ("none", "gptq"):
+            for name in SENSITIVITIES:
+                study.measured(
+                    f"solver {chosen} {name} seed {seed}",
+                    lambda chosen=chosen, name=name, seed=seed: {
+                        "rows": study.calibrated(["3bit", "2.5bit"], solver=chosen, sensitivity=name, seed=seed, **settings)
+                    },
+                )
 
 
 def mixed(study: Calibration) -> None:
@@ -204,6 +219,7 @@ STUDIES = {
     "ladder": ladder,
     "solver": solver,
     "roundings": roundings,
+    "sensitivities": sensitivities,
     "mixed": mixed,
     "small-sets": small_sets,
     "scatter": scatter,
