@@ -83,7 +83,6 @@ class Calibration(ResNet20):
             "chosen": next((row["name"] for row in report["schemes"] if row["chosen"]), None),
             "schemes": [{k: v for k, v in row.items() if k != "scheme"} for row in report["schemes"]],
             "units": report["units"],
-            "stages": report["stages"],
         }
 
 
