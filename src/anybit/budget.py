@@ -143,8 +143,10 @@ class Cost(Quantity):
 
     def total(self, costs: Costs, scheme: Precisions) -> float:
         """Count a whole scheme, in units of a limit."""
-        if self.exact is not None:
-            return self.exact(costs, scheme)
+        return self.bound(costs, scheme) if self.exact is None else self.exact(costs, scheme)
+
+    def bound(self, costs: Costs, scheme: Precisions) -> float:
+        """Return the sum of a whole scheme's parts, in units of a limit, which is at least its cost."""
         parts = sum(self.layer(costs, name, precision) for name, precision in scheme.items())
         return (self.fixed(costs, {name: [precision] for name, precision in scheme.items()}) + parts) / self.scale(costs)
 
@@ -356,7 +358,7 @@ def _parse_condition(part: str, accepted: "Sequence[Quantity]") -> Condition:
         if limit is not None:
             if limit <= 0:
                 raise InvalidSetting(f"Budget {part!r} must be above zero.")
-            if limit > quantity.largest:
+            if limit > quantity.largest and quantity in accepted:
                 raise InvalidSetting(f"Budget {part!r} must be at most {quantity.text(quantity.largest)}.")
             return Condition(quantity.name, limit)
     raise InvalidSetting(
@@ -394,14 +396,15 @@ def _check_decimal_point(text: str, accepted: "Sequence[Quantity]") -> None:
     """Raise InvalidSetting for a number with a decimal comma, whose parts are not budgets."""
     pointed = re.sub(r"([0-9]),([0-9])", r"\1.\2", text)
     if _are_valid(pointed, accepted) and not _are_valid(text, accepted):
-        raise InvalidSetting(
-            f"Budget {text!r} cannot be read. Did you mean {pointed}? Write {_examples(accepted)}; join conditions with a comma."
-        )
+        parts = [(one, part.strip()) for part in pointed.split(",") for one in accepted]
+        sensible = all(_is_sensible(one, part) for one, part in parts if one.parse(part) is not None)
+        meant = f" Did you mean {pointed}?" if sensible else ""
+        raise InvalidSetting(f"Budget {text!r} cannot be read.{meant} Write {_examples(accepted)}; join conditions with a comma.")
 
 
 def _are_valid(text: str, accepted: "Sequence[Quantity]") -> bool:
     """Return whether all conditions can be read as `accepted` quantities."""
-    return all(any(one.parse(part.strip()) for one in accepted) for part in text.split(","))
+    return all(any(one.parse(part.strip()) is not None for one in accepted) for part in text.split(","))
 
 
 def check_counts_weights(budget: Budget) -> None:
@@ -421,12 +424,30 @@ def bits_above(budget: Budget, costs: Costs, scheme: Precisions) -> float:
     return max(over)
 
 
-def check_within(budget: Budget, costs: Costs, largest: Precisions, whose: str, remedy: str) -> None:
-    """Raise InvalidSetting if a limit exceeds the cost of the largest scheme; `whose` and `remedy` word it for the method."""
-    for quantity, limit in budget.costs():
-        most = quantity.total(costs, largest)
-        if limit > most:
-            raise InvalidSetting(f"A budget of {limit:g} {quantity.name} exceeds what {whose}, {most:g}. Lower the budget, or {remedy}.")
+def check_within(budget: Budget, costs: Costs, ends: tuple[Precisions, Precisions], whose: str, wider: Mapping[str, Precisions]) -> None:
+    """Raise InvalidSetting if a limit exceeds the cost of the largest scheme. `ends` are the smallest and the largest; `whose` words it for
+    the method; `wider` are the largest schemes with other options, by rising cost."""
+    limits = budget.costs()
+    least, most = ([_reached(quantity, costs, scheme) for quantity, _ in limits] for scheme in ends)
+    exceeded = [(quantity, limit, reached) for (quantity, limit), reached in zip(limits, most, strict=True) if limit > reached]
+    if not exceeded:
+        return
+    possible = [min(max(limit, low), high) for (_, limit), low, high in zip(limits, least, most, strict=True)]
+    lower = ",".join(quantity.exact_text(limit) for (quantity, _), limit in zip(limits, possible, strict=True))
+    can_be_met = all(limit >= low for (_, limit), low in zip(limits, least, strict=True))
+    enough = [
+        name for name, scheme in wider.items() if can_be_met and all(limit <= _reached(cost, costs, scheme) for cost, limit in limits)
+    ]
+    quantity, limit, reached = exceeded[0]
+    raise InvalidSetting(
+        f"A budget of {quantity.exact_text(limit)} exceeds what {whose}, {quantity.exact_text(reached)}. Lower the budget to {lower}"
+        f"{f', or give {enough[0]}' if enough else ''}."
+    )
+
+
+def _reached(quantity: Cost, costs: Costs, scheme: Precisions) -> float:
+    """Return the least limit that a scheme meets for certain, as written."""
+    return quantity.parse(quantity.text(quantity.bound(costs, scheme))) or 0.0
 
 
 def check_is_counted(budget: Budget) -> None:

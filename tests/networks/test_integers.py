@@ -45,8 +45,23 @@ def names_of(function, tables=False, shape=(4, 8, 8), **layers) -> set[str]:
         (lambda s, x: s.b(F.group_norm(s.a(x), 2)), {"a", "b"}),
         (lambda s, x: s.b(s.a(x).softmax(1)), {"a", "b"}),
         (lambda s, x: s.b(s.a(x)).mean((2, 3)), {"b"}),
+        (lambda s, x: (h := F.relu(s.a(x)), F.gelu(s.b(h)))[0], {"relu"}),
+        (lambda s, x: (s.b(h := s.a(x)), F.gelu(h))[0], {"b"}),
     ],
-    ids=["layer", "clamp", "function", "shortcut", "sum", "concatenation", "maximum pool", "norm", "softmax", "mean"],
+    ids=[
+        "layer",
+        "clamp",
+        "function",
+        "shortcut",
+        "sum",
+        "concatenation",
+        "maximum pool",
+        "norm",
+        "softmax",
+        "mean",
+        "dead layer",
+        "dead one",
+    ],
 )
 def test_tensor_read_by_several_layers_is_an_edge(function, edges):
     assert names_of(function, a=conv(), b=conv()) == edges

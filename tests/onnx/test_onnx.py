@@ -905,6 +905,21 @@ def test_exports_layers_that_run_several_times(precision, tmp_path):
     assert torch.from_numpy(runtime_outputs(graphs.integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
 
 
+def two_heads(net, x):
+    """Two layers that read the same images of two sizes, each with its own grid for both."""
+    large = F.relu(net.a(x))
+    levels = [F.relu(net.tower(level)) for level in (large, 3 * F.relu(net.b(large)))]
+    return [head(level) for level in levels for head in (net.p, net.q)]
+
+
+@exactly
+def test_edge_that_layers_round_again_to_8_bits_keeps_its_codes(tmp_path):
+    layers = {"a": conv(3, 8, padding=1), "b": conv(8, 8, stride=2), "tower": conv(8, 8), "p": conv(8, 3, 1), "q": conv(8, 2, 1)}
+    canonical, batch = odd(two_heads, precision="W8A8", **layers)
+    verdict = verdict_of(canonical, exported(canonical, batch), batch, tmp_path)
+    assert not verdict.failures and verdict.numbers["bitwise"] and set(verdict.kernels) == set(layers)
+
+
 @exactly
 @pytest.mark.parametrize("activation", [F.relu, F.relu6, F.hardtanh, torch.tanh, F.leaky_relu, torch.sigmoid])
 @pytest.mark.parametrize("bias", [False, True])

@@ -181,6 +181,90 @@ def test_a_pipe_named_like_an_image_is_no_image(tmp_path):
     assert len(load_data(str(tmp_path))) == 1
 
 
+def link(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def test_links_are_read_as_what_they_name(tmp_path):
+    """A class folder that was a link was left out, and the classes after it took its numbers."""
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for name in ("b/1.png", "x/y/2.png", "3.png"):
+        save(elsewhere / name)
+    save(root / "c" / "p.png")
+    link(root / "a", elsewhere / "b")  # a class
+    link(root / "e" / "p.png", elsewhere / "3.png")  # an image
+    link(root / "more", "../elsewhere/deep")  # a folder of classes, one of them a link
+    link(elsewhere / "deep" / "f", "../x/y")
+    save(elsewhere / "deep" / "g" / "p.png")
+    link(tmp_path / "linked", root)
+    for place in (root, tmp_path / "linked"):
+        assert labels_of(place) == {"a": 0, "c": 1, "e": 2, "f": 3, "g": 4}
+        assert common_classes([str(place)]) == ("a", "c", "e", "f", "g")
+        assert len(load_data(str(place)).subset(range(5))) == 5
+
+
+@pytest.mark.parametrize("target", [".", "..", "../a", ""])
+def test_link_to_a_folder_that_holds_it_is_named(target, tmp_path):
+    save(tmp_path / "a" / "p.png")
+    link(tmp_path / "a" / "back", target or tmp_path)
+    for read in (load_data, lambda place: common_classes([place])):
+        with pytest.raises(InvalidInput, match=r"a/back is a link to .*, the folder that holds it\. Remove it\."):
+            read(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "target"), [("b", "gone"), ("p.png", "gone"), ("b", "b"), ("a/b", "../gone"), ("v1.0", "gone")])
+def test_broken_link_is_named(name, target, tmp_path):
+    save(tmp_path / "a" / "p.png")
+    link(tmp_path / name, target)
+    for read in (load_data, lambda place: common_classes([place])):
+        with pytest.raises(InvalidInput, match=rf"{name} is a link to {target}, which is not there\. Repair or remove it\."):
+            read(str(tmp_path))
+
+
+def test_two_names_of_one_class_folder_are_refused(tmp_path):
+    save(tmp_path / "a" / "p.png")
+    link(tmp_path / "b", "a")
+    with pytest.raises(InvalidInput, match=r"/a and .*/b are the same folder by a link"):
+        load_data(str(tmp_path))
+
+
+def test_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        save(tmp_path / name / "p.png")
+    scandir = os.scandir
+
+    def denied(path):
+        if path.name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(InvalidInput, match=r"folder .*/a cannot be read: .*Permission denied"):
+        load_data(str(tmp_path))
+
+
+def test_folders_that_are_no_classes_are_noted(tmp_path):
+    for name in ("a", "c", ".ipynb_checkpoints", "c/.thumbs"):
+        save(tmp_path / name / "p.png")
+    (tmp_path / "b" / "deep").mkdir(parents=True)
+    (tmp_path / "b" / "p.gif").touch()
+    (tmp_path / ".#p.png").symlink_to("user@host")  # an editor's lock
+    notes = notes_of(lambda: load_data(str(tmp_path)), "folders below")
+    assert labels_of(tmp_path) == {"a": 0, "c": 1}
+    assert [note.partition(f" {tmp_path} ")[2] for note in notes] == [
+        "without images are no classes: b. --classes names all classes", "are not read: .ipynb_checkpoints, c/.thumbs",
+    ]  # fmt: skip
+    assert labels_of(tmp_path, Preprocessing(classes=("a", "b", "c"))) == {"a": 0, "c": 2}
+
+
+def test_class_folder_inside_another_leaves_images_unlabelled(tmp_path):
+    for name in ("a", "a/more", "b"):
+        save(tmp_path / name / "p.png")
+    samples = load_data(str(tmp_path))
+    assert not samples.labelled and "an image lies beside the class folders more, a/p.png: move it away" in samples.unlabelled
+
+
 @pytest.mark.parametrize("option", ["size", "resize"])
 def test_images_that_take_gigabytes_are_refused(tmp_path, option):
     save(tmp_path / "one.png")

@@ -1,7 +1,7 @@
 """Choose the scheme of a budget: solve, measure the best schemes, take the best measured one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -120,6 +120,8 @@ def choose_scheme(network: ObservedNetwork, table: SensitivityTable, budget: Bud
     loss_limit = budget.limit(LOSS.name)
     if loss_limit is not None:
         size = make_problem(network.choices, table, network.costs, Budget.parse("100%")).costs[BYTES.name]
+        of_loss = (lambda amount: LOSS.text(amount + table.floor)), LOSS.exact_text(loss_limit)
+        problem = replace(problem, in_words={**problem.in_words, LOSS.name: of_loss})
         solutions = least_costs(problem, size, loss_limit - table.floor)
     else:
         solutions = best_allocations(problem)
@@ -195,7 +197,7 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
             raise InfeasibleBudget(
                 f"Even the largest scheme loses {lost:.4g} points of {judge.counted} on the held-out inputs, "
                 f"more than {allowed:g}. "
-                f"Allow more bits or raise the budget to drop={lost:.4g}%."
+                f"Allow more bits or raise the budget to {DROP.text(lost)}."
             )
         else:
             low = bits

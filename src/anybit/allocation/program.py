@@ -251,8 +251,8 @@ def _undominated(problem: Problem, objective: Mapping[str, np.ndarray], layer: s
 
 
 def _why_infeasible(problem: Problem) -> str:
-    """Return an error message with the least of each limited quantity and the layers that need most of it, or on their combination."""
-    parts, enough = [], []
+    """Return an error message with the least of each limited quantity, the layers that need most of it, and a budget that can be met."""
+    parts, enough, witness = [], [], _thrifty(problem)
     for quantity, limit in problem.limits.items():
         least = {layer: float(problem.costs[quantity][layer].min()) for layer in problem.choices}
         words, allowed = problem.in_words.get(
@@ -262,8 +262,20 @@ def _why_infeasible(problem: Problem) -> str:
             binding = sorted(least, key=least.__getitem__, reverse=True)[:3]
             needed = words(sum(least.values()))
             parts.append(f"The smallest scheme needs {needed}, more than the budget of {allowed} (layers {', '.join(binding)} bind).")
-            enough.append(needed)
+        amount = float(sum(problem.costs[quantity][layer][k] for layer, k in witness.items()))
+        enough.append(words(amount) if amount > limit else allowed)
     if not parts:
-        return "No scheme meets all conditions of the budget together, although each alone can be met. Relax one of them."
+        together = "No scheme meets all conditions of the budget together, although each alone can be met."
+        return f"{together} Relax one, as in {','.join(enough)}."
     advice = "Allow lower bit-widths (--weight-bits, of 2 or more; in grow --prune), keep fewer layers, or raise the budget to"
     return f"{' '.join(parts)} {advice} {','.join(enough)}."
+
+
+def _thrifty(problem: Problem) -> dict[str, int]:
+    """Return the choice of each layer that needs the least of all limited quantities, each relative to its own least."""
+    least = {quantity: sum(float(parts[layer].min()) for layer in parts) for quantity, parts in problem.costs.items()}
+    shares = {quantity: max(amount, 1e-300) for quantity, amount in least.items() if quantity in problem.limits}
+    return {
+        layer: int(np.argmin(sum(problem.costs[quantity][layer] / share for quantity, share in shares.items())))
+        for layer in problem.choices
+    }

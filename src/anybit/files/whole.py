@@ -115,7 +115,7 @@ def check_place(path: Path, option: str) -> None:
         whole = path.resolve()
         _check_length(whole, path, option)
         if Path.cwd().is_relative_to(whole):
-            raise InvalidSetting(f"{path} is the current folder, or contains it. Name a new one inside: {option} {path / 'run'}.")
+            raise InvalidSetting(f"{path} is the current folder, or contains it. Name a new one inside: {option}={path / 'run'}.")
         above = next(folder for folder in (whole, *whole.parents) if folder.exists())
     except InvalidSetting:
         raise

@@ -193,8 +193,11 @@ def _steps(samples: Samples, settings: TrainSettings, model: nn.Module) -> int:
     """Return the number of full batches per epoch; if there is none, the whole data set is one batch."""
     if len(samples) == 0:
         raise InvalidInput("The training data is empty.")
-    if settings.batch_size % world() or (len(samples) < settings.batch_size and len(samples) % world()):
-        raise InvalidSetting(f"batch size {settings.batch_size} does not divide among {world()} processes. Choose a multiple of {world()}.")
+    size = min(settings.batch_size, len(samples))
+    if size % world():
+        fitting = size // world() * world()
+        advice = f"Give --batch-size={fitting}, a multiple of {world()}" if fitting else "Use fewer processes"
+        raise InvalidSetting(f"batch size {size} does not divide among {world()} processes. {advice}.")
     if settings.batch_size // world() < 2 and any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         raise InvalidSetting(f"batch size {settings.batch_size} leaves batch norm one sample per process. Choose at least {2 * world()}.")
     return max(1, len(samples) // settings.batch_size)

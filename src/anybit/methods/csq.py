@@ -281,8 +281,8 @@ class CSQ:
     def check_budget(budget: Budget, network: ObservedNetwork) -> None:
         """Raise InvalidSetting if the budget limits anything but weights, or exceeds the cost of all planes."""
         check_counts_weights(budget)
-        largest = Scheme({name: options[-1] for name, options in network.choices.items()})
-        check_within(budget, network.costs, largest, "all planes need", "start with more planes")
+        wider = {f"--planes={bits - 1}": scheme for bits, scheme in network.wider().items()}
+        check_within(budget, network.costs, (network.smallest, network.largest), "all planes need", wider)
 
     @classmethod
     def attach(cls, model: nn.Module, network: ObservedNetwork, budget: Budget | None, settings: CSQSettings) -> "CSQ":

@@ -140,8 +140,8 @@ class MSQ:
     def check_budget(budget: Budget, network: ObservedNetwork) -> None:
         """Raise InvalidSetting if the budget limits anything but weights, or exceeds the cost of the start."""
         check_counts_weights(budget)
-        start = Scheme({name: options[-1] for name, options in network.choices.items()})
-        check_within(budget, network.costs, start, "the bits of the start need", "raise --start-bits")
+        wider = {f"--start-bits={bits}": scheme for bits, scheme in network.wider().items()}
+        check_within(budget, network.costs, (network.smallest, network.largest), "the bits of the start need", wider)
 
     @classmethod
     def attach(cls, model: nn.Module, network: ObservedNetwork, budget: Budget | None, settings: MSQSettings) -> "MSQ":

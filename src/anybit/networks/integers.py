@@ -59,7 +59,7 @@ def rounded_edges(wiring: Wiring, layers: Mapping[str, nn.Module], scheme: Schem
     recorded = wiring.edges()
     names = {rule.names[root] for root in rule.groups if rule.names[root] in recorded and rule.is_edge(root)}
     reads: dict[str, tuple[str | None, ...]] = {}
-    for op in wiring.operations:
+    for op in rule.ops:
         if op.kind != LAYER or op.name not in scheme or scheme[op.name].activation_bits is None:
             continue
         read = tuple(name if (name := rule.names[rule.root[value]]) in names else None for value in op.inputs)
@@ -78,7 +78,8 @@ class _Rule:
     """
 
     def __init__(self, wiring: Wiring, integer: Mapping[str, nn.Module], tables: bool):
-        self.ops, self.outputs, self.escaped = wiring.operations, set(wiring.output_values), wiring.escaped
+        self.ops = wiring.operations_behind(escaped=True)  # a file leaves the others out
+        self.outputs, self.escaped = set(wiring.output_values), wiring.escaped
         self.integer = {at for at, op in enumerate(self.ops) if op.kind == LAYER and op.name in integer}
         self.gives_codes = {at for at in self.integer if type_of(integer[self.ops[at].name]).gives_codes}
         self.root = {value: value for value in wiring.input_values}

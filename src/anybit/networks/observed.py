@@ -22,6 +22,7 @@ from anybit.networks.refusals import changed, check_curvature, check_differentia
 from anybit.networks.rewrites import calls_functions, rewritten
 from anybit.networks.states import check_finite_weights, check_sizes, restore, state_of
 from anybit.networks.wiring import Unit, Wiring
+from anybit.numerics.bits import MAX_BITS
 from anybit.scheme import FLOAT, Precision, Scheme, match_patterns
 
 
@@ -61,6 +62,21 @@ class ObservedNetwork:
     def largest(self) -> Scheme:
         """Return the scheme with every layer's last choice."""
         return Scheme({name: options[-1] for name, options in self.choices.items()})
+
+    @property
+    def smallest(self) -> Scheme:
+        """Return the scheme with every layer's first choice."""
+        return Scheme({name: options[0] for name, options in self.choices.items()})
+
+    def wider(self) -> dict[int, Scheme]:
+        """Return bits -> the largest scheme if layers that no pattern fixes might get so many, for all bits above their own."""
+        pinned = match_patterns(self.options.keep, self.choices)
+        free = {name: options[-1] for name, options in self.choices.items() if name not in pinned and options[-1].weight_bits}
+        own = max((precision.weight_bits or 0 for precision in free.values()), default=MAX_BITS)
+        return {
+            bits: self.largest.replace({name: Precision(bits, precision.activation_bits) for name, precision in free.items()})
+            for bits in range(own + 1, MAX_BITS + 1)
+        }
 
     def apply(self, scheme: Scheme, candidates: Candidates) -> nn.Module:
         """Return the canonical form of `scheme` from `candidates`, with its edges rounded."""

@@ -223,16 +223,20 @@ class Wiring:
         readers = self.readers(value)
         return readers[0] if len(readers) == 1 and value not in self._given_out else None
 
-    def layers_behind(self, places: Sequence[int] | None = None, escaped: bool = False) -> set[str]:
-        """Return the layers on which the outputs at `places` (None: all) depend, and if `escaped`, those on which escaped values do."""
+    def operations_behind(self, places: Sequence[int] | None = None, escaped: bool = False) -> tuple[Operation, ...]:
+        """Return the operations on which the outputs at `places` (None: all) depend, and if `escaped`, those on which escaped values do."""
         reached = {value for place, value in enumerate(self.outputs) if places is None or place in places}
         reached |= self.escaped if escaped else set()
-        behind = set()
+        behind = []
         for op in reversed(self.operations):
             if reached & set(op.outputs):
                 reached.update(op.inputs)
-                behind.update([op.name] if op.kind == LAYER else [])
-        return behind
+                behind.append(op)
+        return tuple(reversed(behind))
+
+    def layers_behind(self, places: Sequence[int] | None = None, escaped: bool = False) -> set[str]:
+        """Return the layers among `operations_behind`."""
+        return {op.name for op in self.operations_behind(places, escaped) if op.kind == LAYER}
 
     def layer_names(self) -> list[str]:
         """Return the layers of a supported class that ran, in order of their first call."""

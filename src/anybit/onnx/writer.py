@@ -360,7 +360,9 @@ class _Writer:
         if (source, affine) not in self.requantized:
             maker = self.floats[source].producer()
             after_floats = maker is not None and maker.op_type != "DequantizeLinear"  # verify looks for codes rounded from floats
-            codes = self.emit("QuantizeLinear", [self.floats[source], *self._scale(affine)], {}, f"{own}.rounded" if after_floats else "")
+            # ONNX Runtime would merge two 8-bit quantizers in a row into one, which gives other codes.
+            value = self._apart(self.floats[source]) if affine.highest == 255 else self.floats[source]
+            codes = self.emit("QuantizeLinear", [value, *self._scale(affine)], {}, f"{own}.rounded" if after_floats else "")
             codes = self._clipped(codes, affine)
             self.requantized[source, affine] = self.emit("DequantizeLinear", [codes, *self._scale(affine)], {}, f"{own}.input")
         return self.requantized[source, affine]

@@ -259,8 +259,11 @@ def _why_too_large(supernet: Supernet, budget: Budget) -> str:
     counted = ", ".join(f"{least[cost]} ({least[PERCENT]})" if cost is BYTES else least[cost] for cost in own_costs())
     timed = "".join(f" and is predicted to take {words}" for cost, words in least.items() if cost.known)
     exceeded = [cost for cost, limit in budget.costs() if amounts[cost] > limit]
+    enough = ",".join(
+        cost.text(amounts[cost], cost.unit_for(limit)) if cost in exceeded else cost.exact_text(limit) for cost, limit in budget.costs()
+    )
     remedy = next((cost.remedy for cost in exceeded if cost.known), exceeded[0].remedy)
-    return f"The smallest subnet has {counted}{timed}: more than the budget {budget}. Raise the budget to that, or {remedy}."
+    return f"The smallest subnet has {counted}{timed}: more than the budget {budget}. Raise the budget to {enough}, or {remedy}."
 
 
 def _evaluated_in(folder: Path, supernet: Supernet) -> list[tuple[float, float, Scheme]]:

@@ -1,8 +1,10 @@
 """Folders of images: their files, classes, and reading."""
 
 import math
+import os
 import warnings
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,17 @@ class ImageFolder(Dataset):
         _check_channels(preprocessing, channels)
         _check_size(preprocessing)
         self.preprocessing, self.channels = preprocessing, channels
-        files = _images(root)
+        tree = Tree.of(root)
+        files = tree.images
         if not files:
             raise InvalidInput(f"Folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
         folders = _class_folders(root, files)
         numbers = class_numbers(folders, preprocessing.classes, root)
-        beside = [path.name for path in files if path.parent == root]
-        self.labelled = not beside
-        self.unlabelled = _stray_in_words(beside, sorted(folders)) if beside and folders else ""
+        self.unlabelled = _stray_in_words(root, files)
+        self.labelled = not self.unlabelled and files[0].parent != root
+        self.notes = tree.notes(preprocessing.classes) if self.labelled else []
+        if self.labelled and preprocessing.classes is None and _are_mixed(folders):
+            self.notes.append(_mixed_in_words(folders))
         self.items = [(path, numbers[path.parent.name] if self.labelled else -1) for path in files]
 
     def __len__(self) -> int:
@@ -62,10 +67,16 @@ class ImageFolder(Dataset):
         return (image, label) if self.labelled else image
 
 
-def _stray_in_words(images: list[str], folders: list[str]) -> str:
-    """Write which images lie beside folders with images."""
+def _stray_in_words(root: Path, files: Iterable[Path]) -> str:
+    """Write which images lie beside folders with images, so that no folder is one class; "" if there are none."""
+    folders = {path.parent for path in files}
+    outer = {parent for folder in folders for parent in folder.parents if parent in folders}
+    if not outer:
+        return ""
+    images = [str(path.relative_to(root)) for path in files if path.parent in outer]
+    inner = sorted({folder.name for folder in folders if not outer.isdisjoint(folder.parents)})
     what = "an image lies" if len(images) == 1 else "images lie"
-    return f"{what} beside the class folders {some(folders)}, {some(images)}: move {'it' if len(images) == 1 else 'them'} away"
+    return f"{what} beside the class folders {some(inner)}, {some(images)}: move {'it' if len(images) == 1 else 'them'} away"
 
 
 def _check_channels(preprocessing: Preprocessing, channels: int) -> None:
@@ -88,22 +99,71 @@ def _check_size(preprocessing: Preprocessing) -> None:
             )
 
 
-def _images(root: Path) -> list[Path]:
-    """List the images below a folder, and broken links; a pipe would never end."""
-    named = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(path for path in named if path.is_file() or not path.exists())
+@dataclass
+class Tree:
+    """What lies below a folder of images, links followed.
+
+    images  files of images, sorted
+    bare    folders without images below them
+    hidden  folders whose name begins with a dot, which are not read: checkpoints of notebooks, thumbnails
+    """
+
+    root: Path
+    images: list[Path] = field(default_factory=list)
+    bare: list[Path] = field(default_factory=list)
+    hidden: list[Path] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, root: Path) -> "Tree":
+        tree = cls(root)
+        tree._read(root, {})
+        tree.images.sort()
+        return tree
+
+    def _read(self, folder: Path, above: dict[Path, Path]) -> None:
+        """Add what lies below `folder`; `above` are the real paths of the folders that hold it. Raises InvalidInput for a folder that
+        cannot be read, a link to a folder above it, which would never end, and a broken link, which may have been a class."""
+        own = folder.resolve()
+        if own in above:
+            raise InvalidInput(f"{folder} is a link to {above[own]}, the folder that holds it. Remove it.")
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise InvalidInput(f"The folder {folder} cannot be read: {in_words(error)}. Make it readable, or move it away.") from error
+        count, bare = len(self.images), len(self.bare)
+        for entry in entries:
+            path, hidden = folder / entry.name, entry.name.startswith(".")
+            if entry.is_symlink() and not path.exists():
+                if not hidden:
+                    raise InvalidInput(f"{path} is a link to {os.readlink(path)}, which is not there. Repair or remove it.")
+            elif entry.is_dir():
+                self.hidden.append(path) if hidden else self._read(path, above | {own: folder})
+            elif path.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():  # a pipe would never end
+                self.images.append(path)
+        if len(self.images) == count:
+            self.bare[bare:] = [folder]
+
+    def notes(self, classes: Collection[str] | None) -> list[str]:
+        """Write which folders are no classes, although others beside images may expect them to be."""
+        names = sorted({path.name for path in self.bare} - set(classes or ()))
+        notes = [f"folders below {self.root} without images are no classes: {some(names)}. --classes names all classes"] if names else []
+        hidden = sorted(str(path.relative_to(self.root)) for path in self.hidden)
+        return notes + ([f"hidden folders below {self.root} are not read: {some(hidden)}"] if hidden else [])
 
 
 def _class_folders(root: Path, files: Iterable[Path]) -> set[str]:
-    """Return the names of the folders with images, except `root`. Raises InvalidInput if two have the same name."""
+    """Return the names of the folders with images, except `root`. Raises InvalidInput if two have the same name, or are the same."""
     folders = sorted({path.parent for path in files} - {root})
     names: dict[str, Path] = {}
+    places: dict[Path, Path] = {}
     for folder in folders:
         if names.setdefault(folder.name, folder) != folder:
             raise InvalidInput(
                 f"{root} holds two image folders with the same name, {names[folder.name]} and {folder}. A folder is a class: name the one "
                 "that contains the class folders, or give each class one folder."
             )
+        if (other := places.setdefault(folder.resolve(), folder)) != folder:
+            raise InvalidInput(f"{other} and {folder} are the same folder by a link, so that its images have two classes. Remove one.")
     return set(names)
 
 
@@ -122,7 +182,6 @@ def class_numbers(names: Collection[str], classes: Collection[str] | None, root:
         if len(set(numbers.values())) < len(numbers):
             raise InvalidInput(f"{root} has several class folders with the same number ({some(sorted(names))}). Use each number once.")
         return numbers
-    _tell_of_mixed(names)
     return {name: number for number, name in enumerate(sorted(names))}
 
 
@@ -139,11 +198,14 @@ def _are_numbers(names: Collection[str]) -> bool:
     return True
 
 
-def _tell_of_mixed(names: Collection[str]) -> None:
-    """Print a note if some folders are named by numbers and others are not: the numbers are then part of the names."""
-    if any(map(_is_number, names)):
-        first = ", ".join(f"{name} is {number}" for number, name in list(enumerate(sorted(names)))[:4])
-        tell("note", note=f"some class folders are numbers and some names, so all are numbered in sorted order: {first}. --classes sets it")
+def _are_mixed(names: Collection[str]) -> bool:
+    """Return whether some folders are named by numbers and others are not: the numbers are then part of the names."""
+    return any(map(_is_number, names)) and not all(map(_is_number, names))
+
+
+def _mixed_in_words(names: Collection[str]) -> str:
+    first = ", ".join(f"{name} is {number}" for number, name in list(enumerate(sorted(names)))[:4])
+    return f"some class folders are numbers and some names, so all are numbered in sorted order: {first}. --classes sets it"
 
 
 def common_classes(references: Iterable[Any]) -> tuple[str, ...] | None:
@@ -152,7 +214,7 @@ def common_classes(references: Iterable[Any]) -> tuple[str, ...] | None:
     None if there are none, or if folders are named by their class numbers.
     """
     roots = [Path(reference) for reference in references if isinstance(reference, str) and Path(reference).is_dir()]
-    folders = {root: _class_folders(root, _images(root)) for root in roots}
+    folders = {root: _class_folders(root, Tree.of(root).images) for root in roots}
     names = set().union(*folders.values())
     if _are_numbers(names):
         return None
@@ -162,7 +224,8 @@ def common_classes(references: Iterable[Any]) -> tuple[str, ...] | None:
             f"The class folders of {numbered[0]} are numbers, and those of {other} also names ({some(sorted(folders[other]))}). Name them "
             "alike, or name all classes in the order of their numbers: --classes=A,B,C."
         )
-    _tell_of_mixed(names)
+    if _are_mixed(names):
+        tell("note", note=_mixed_in_words(names))
     return tuple(sorted(names))
 
 

@@ -71,6 +71,8 @@ def load_data(
         return _read_by(model, read_samples(Path(path), subset, preprocessing, workers, model))
     if Path(path).is_dir():
         dataset = ImageFolder(Path(path), preprocessing, _channels_for(model, Path(path), preprocessing))
+        for note in dataset.notes:
+            tell("note", note=note)
         if dataset.unlabelled:
             tell("note", note=f"the images are used without labels: {dataset.unlabelled}")
         why = f"In {path}, {dataset.unlabelled}. " if dataset.unlabelled else ""
