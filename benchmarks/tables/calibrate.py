@@ -95,7 +95,7 @@ def sensitivities_section() -> str:
             if len(seeds) == len(measured) and seeds:
                 ratio = sum(map(_sensitivity_seconds, seeds)) / sum(map(_sensitivity_seconds, measured))
                 accuracies = [spread([one["rows"][at]["top1"] for one in seeds]) for at in range(2)]
-                losses = [f"{statistics.mean(one['rows'][at]['ladder'][0]['loss'] for one in seeds):.4f}" for at in range(2)]
+                losses = [f"{statistics.mean(_loss(one['rows'][at]) for one in seeds):.4f}" for at in range(2)]
                 rows.append([solver, name, accuracies[0], losses[0], accuracies[1], losses[1], f"{ratio:.1f}"])
     heads = ["solver", "sensitivity", "3 bits: top-1", "held-out loss", "2.5 bits: top-1", "held-out loss", "time of the stage, ratio"]
     return table(heads, rows) if rows else NOT_RUN
@@ -103,6 +103,11 @@ def sensitivities_section() -> str:
 
 def _seeds(runs: dict[str, Any], solver: str, name: str) -> list[dict[str, Any]]:
     return [run for key, run in runs.items() if key.startswith(f"solver {solver} {name} ")]
+
+
+def _loss(row: dict[str, Any]) -> float:
+    """The held-out loss of the scheme that was chosen, before polishing."""
+    return next(step["loss"] for step in row["ladder"] if step["step"] == "candidates")
 
 
 def _sensitivity_seconds(run: dict[str, Any]) -> float:

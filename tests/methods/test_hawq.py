@@ -15,13 +15,13 @@ from anybit.networks.batchnorm import reestimate
 from anybit.networks.layers import prepare, quantized_layers
 
 
-def watched(model: nn.Module) -> tuple[nn.Module, dict]:
-    """Return a prepared copy of the network, and its layers, whose input slots are `Watched`."""
+def watched(model: nn.Module) -> tuple[nn.Module, dict[str, Watched]]:
+    """Return a prepared copy of the network, and the `Watched` in its layers."""
     prepared = prepare(model, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
-    layers = quantized_layers(prepared)
-    for layer in layers.values():
-        layer.input_quantizer = Watched({})
-    return prepared, layers
+    slots = {name: Watched({}) for name in quantized_layers(prepared)}
+    for name, slot in slots.items():
+        prepared.get_submodule(name).input_quantizer = slot
+    return prepared, slots
 
 
 def test_traces_of_a_linear_network_are_those_of_its_known_hessian(monkeypatch):
@@ -29,8 +29,8 @@ def test_traces_of_a_linear_network_are_those_of_its_known_hessian(monkeypatch):
     model = make(lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)))
     batches = [Batch(numbers(24, 6, seed=seed)) for seed in range(3)]
     reference = outputs_of(model, batches)
-    prepared, layers = watched(model)
-    traces, sizes = hessian_traces(prepared, layers, batches, reference, "regression")
+    prepared, slots = watched(model)
+    traces, sizes = hessian_traces(prepared, slots, batches, reference, "regression")
 
     (first, second), energy = model, float(reference.square().sum())
     x = torch.cat([batch.inputs for batch in batches])

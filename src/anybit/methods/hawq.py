@@ -67,14 +67,12 @@ def hawq_sensitivity(
     held_out: list[Batch],
     reference: Tensor,
     task: Task | str,
-    base: Precision = FLOAT,
-    pairs: bool = False,
     cache: Cache = Cache(),
     edges: Mapping[str, Grid] = {},
 ) -> SensitivityTable:
     """Estimate every row that `choices` (layer -> precisions) needs, as `measure_sensitivity` measures it.
 
-    `reference` are the float model's outputs on `held_out`. The base is float and a pair the sum of two rows, whatever `base` and `pairs`.
+    `reference` are the float model's outputs on `held_out`. The base is float, and a pair of weights and inputs the sum of two rows.
     """
     float_scheme = Scheme({name: options[0] if len(options) == 1 else FLOAT for name, options in choices.items()})
 
@@ -106,15 +104,16 @@ def _estimate(
     layers = {name: layer for name, layer in quantized_layers(model).items() if len(choices[name]) > 1}
     if not layers:
         return {}
-    for name, layer in layers.items():
-        layer.input_quantizer = Watched(_input_quantizers(name, candidates))
-    traces, sizes = hessian_traces(model, layers, held_out, reference, task)
+    slots = {name: Watched(_input_quantizers(name, candidates)) for name in layers}
+    for name, slot in slots.items():
+        layers[name].input_quantizer = slot
+    traces, sizes = hessian_traces(model, slots, held_out, reference, task)
     rows = {}
     for name, layer in layers.items():
         mean = {key: max(trace, 0.0) / sizes[key] for key, trace in traces.items() if key[0] == name}  # noise may make it negative
         for bits, error in _weight_errors(name, layer, candidates).items():
             rows[name, Precision(bits, None)] = mean.get((name, "weight"), 0.0) * error / 2
-        for bits, error in layer.input_quantizer.errors.items():
+        for bits, error in slots[name].errors.items():
             rows[name, Precision(None, bits)] = mean.get((name, "inputs"), 0.0) * error / 2
     return rows
 
@@ -123,13 +122,15 @@ Traces = dict[tuple[str, str], float]
 
 
 def hessian_traces(
-    model: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Sequence[Batch], reference: Tensor, task: Task | str
+    model: nn.Module, slots: Mapping[str, Watched], batches: Sequence[Batch], reference: Tensor, task: Task | str
 ) -> tuple[Traces, Traces]:
     """Return ((layer, "weight" or "inputs") -> trace of the Hessian of the mean distance to the outputs, numbers in the tensor).
 
-    The slots of `layers` hold `Watched`; inputs count for each call and sample.
+    `slots` are in the layers of these names in the prepared `model`. Inputs count for each call and sample.
     """
-    traces, sizes = defaultdict(float), defaultdict(float)
+    traces: Traces = defaultdict(float)
+    sizes: Traces = defaultdict(float)
+    layers = {name: model.get_submodule(name) for name in slots}
     weights = {name: float_weight(layer) for name, layer in layers.items() if type_of(layer).has_weights}
     for weight in weights.values():
         weight.requires_grad_(True)
@@ -139,10 +140,10 @@ def hessian_traces(
         with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]):  # fused attention has first derivatives alone
             outputs = predict(model, batch)
             loss = named_task(task).distance.loss(outputs, outputs.detach(), reference)
-            tensors = [((name, "weight"), weight) for name, weight in weights.items()]
-            for name, layer in layers.items():
-                tensors += [((name, "inputs"), x) for x in layer.input_quantizer.inputs if x.is_floating_point()]
-                layer.input_quantizer.inputs.clear()
+            tensors: list[tuple[tuple[str, str], Tensor]] = [((name, "weight"), weight) for name, weight in weights.items()]
+            for name, slot in slots.items():
+                tensors += [((name, "inputs"), x) for x in slot.inputs if x.is_floating_point()]
+                slot.inputs.clear()
             for key, quadratic in _quadratic_forms(loss, tensors, generator):
                 traces[key] += quadratic / PRODUCTS
         for (name, kind), tensor in tensors:
@@ -180,5 +181,7 @@ def _weight_errors(name: str, layer: QuantizedLayer, candidates: Candidates) -> 
 def _input_quantizers(name: str, candidates: Candidates) -> dict[int, UniformQuantizer]:
     """Return activation bits -> quantizer of the layer's candidate."""
     return {
-        bits: UniformQuantizer(bits, False, one.scale, one.zero_point) for (owner, bits), one in candidates.activations.items() if owner == name
+        bits: UniformQuantizer(bits, False, one.scale, one.zero_point)
+        for (owner, bits), one in candidates.activations.items()
+        if owner == name
     }

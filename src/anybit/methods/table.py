@@ -49,7 +49,7 @@ def solver_named(name: str) -> "Solver | None":
 
 
 def sensitivity_named(name: str) -> "Callable[..., SensitivityTable]":
-    """Import a function with the arguments and the result of `measure_sensitivity`."""
+    """Import a function with the arguments and the result of `measure_sensitivity`; `base` and `pairs` are of measurements alone."""
     return _imported(SENSITIVITIES[name])
 
 

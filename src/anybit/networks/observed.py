@@ -18,7 +18,15 @@ from anybit.networks.edges import with_edges
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import check_float32, check_plain_use, coverage, float_weight, prepare, quantized_layers
 from anybit.networks.options import LayerOptions, group_sizes, layer_choices
-from anybit.networks.refusals import changed, check_curvature, check_differentiable, check_network, check_outputs, moving_state, observed_pass
+from anybit.networks.refusals import (
+    changed,
+    check_curvature,
+    check_differentiable,
+    check_network,
+    check_outputs,
+    moving_state,
+    observed_pass,
+)
 from anybit.networks.rewrites import calls_functions, rewritten
 from anybit.networks.states import check_finite_weights, check_sizes, restore, state_of
 from anybit.networks.wiring import Unit, Wiring

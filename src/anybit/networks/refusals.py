@@ -23,6 +23,7 @@ from anybit.data.batches import Batch, evaluating, not_plain, predict
 from anybit.data.outputs import named_tensors
 from anybit.errors import AnybitError, UnsupportedModel, some
 from anybit.networks.layer_types import COVERED, type_of
+from anybit.networks.layers import float_weight
 from anybit.networks.states import STORED_TYPES
 from anybit.networks.wiring import Wiring, observe_outputs
 
@@ -258,7 +259,8 @@ def check_differentiable(model: nn.Module, blocks: Iterable[str], example: Batch
 def check_curvature(model: nn.Module, names: Sequence[str], example: Batch) -> None:
     """Raise UnsupportedModel if the outputs have no second derivatives, or none by a weight of these layers of a prepared model."""
     trial = copy.deepcopy(model)
-    weights = {name: trial.get_submodule(name)._parameters["weight"] for name in names if type_of(trial.get_submodule(name)).has_weights}
+    layers = {name: trial.get_submodule(name) for name in names}
+    weights = {name: float_weight(layer) for name, layer in layers.items() if type_of(layer).has_weights}
     if not weights:
         return
     for weight in weights.values():
@@ -271,7 +273,7 @@ def check_curvature(model: nn.Module, names: Sequence[str], example: Batch) -> N
             if not cut:
                 gradients = torch.autograd.grad(output.square().sum(), list(weights.values()), create_graph=True, allow_unused=True)
                 cut = [name for name, gradient in zip(weights, gradients, strict=True) if gradient is None]
-                sum(gradient.sum() for gradient in gradients if gradient is not None).backward()
+                torch.stack([gradient.sum() for gradient in gradients if gradient is not None]).sum().backward()
     except AnybitError:
         raise
     except Exception as error:

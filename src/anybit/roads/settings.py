@@ -97,9 +97,6 @@ class CalibrateSettings(Settings):
         for name in ("weight_bits", "activation_bits"):
             if not getattr(self, name):
                 raise InvalidSetting(f"{name} is empty. Give at least one bit-width.")
-        if self.sensitivity != "measured" and (self.pairs or self.sensitivity_base != FLOAT):
-            given = "--pairs" if self.pairs else f"--sensitivity-base={self.sensitivity_base}"
-            raise InvalidSetting(f"{given} applies to measurements. Leave it out, or choose --sensitivity=measured.")
 
     @property
     def options(self) -> "LayerOptions":

@@ -198,11 +198,11 @@ def sensitivity_table(
     recall: Cache = Cache(),
 ) -> SensitivityTable:
     """Return the sensitivity table, measured or predicted on the held-out inputs."""
-    base, pairs = settings.sensitivity_base, settings.pairs
+    measuring = {"base": settings.sensitivity_base, "pairs": settings.pairs} if settings.sensitivity == "measured" else {}
     edges = rounded_edges(network.wiring, quantized_layers(network.prepared), network.largest)
     return sensitivity_named(settings.sensitivity)(
-        network.prepared, candidates, network.choices, calibration.held_out, reference, task, base, pairs, recall,
-        edge_grids(candidates.edges, edges.names),
+        network.prepared, candidates, network.choices, calibration.held_out, reference, task, cache=recall,
+        edges=edge_grids(candidates.edges, edges.names), **measuring,
     )  # fmt: skip
 
 
