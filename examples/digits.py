@@ -1,6 +1,6 @@
 """Handwritten digits (1,797 images of 8 x 8 pixels, bundled with scikit-learn) and a small residual network that trains in seconds.
 
-python examples/digits.py runs/digits        writes digits.npz and weights.safetensors there
+python examples/digits.py runs/digits        writes digits.npz and weights.safetensors to that folder
 """
 
 import sys
@@ -48,12 +48,12 @@ class DigitsNet(nn.Module):
 
 
 def network() -> DigitsNet:
-    """Return the untrained network; give --weights."""
+    """Return the untrained network; --weights loads its trained weights."""
     return DigitsNet()
 
 
 def images() -> tuple[np.ndarray, np.ndarray]:
-    """Return (uint8 [1797, 8, 8, 1] in 0..255, int64 [1797]), shuffled once."""
+    """Return images, uint8 [1797, 8, 8, 1] in 0..255, and labels, int64 [1797], in one fixed random order."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -63,7 +63,7 @@ def images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def train(x: np.ndarray, y: np.ndarray, epochs: int = 15) -> DigitsNet:
-    """Train with Adam and a one-cycle schedule, on random shifts of one pixel."""
+    """Train with Adam and a one-cycle schedule, on images shifted at random by up to one pixel."""
     torch.manual_seed(0)
     model = DigitsNet()
     inputs, labels = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(y)
@@ -93,7 +93,7 @@ def main() -> None:
     save_file(model.state_dict(), folder / "weights.safetensors")
     test = torch.from_numpy(x[parts["test"]]).permute(0, 3, 1, 2).float() / 255
     accuracy = 100 * (model(test).argmax(1).numpy() == y[parts["test"]]).mean()
-    print(f"float network: {accuracy:.1f} % of {len(test)} test digits, weights in {folder / 'weights.safetensors'}")
+    print(f"float network: {accuracy:.1f} % of {len(test)} test digits correct, weights in {folder / 'weights.safetensors'}")
 
 
 if __name__ == "__main__":

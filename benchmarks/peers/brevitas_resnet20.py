@@ -2,7 +2,7 @@
 
 The flow is that of Brevitas' own image-classification example with its layerwise backend: trace the network,
 merge batch norm, put quantizers on the input and weight of every convolution and linear layer (the shortcuts
-stay in float), calibrate ranges, adjust the weights layer after layer, correct the biases. Weights are symmetric
+stay in float), calibrate ranges, adjust the weights layer by layer, correct the biases. Weights are symmetric
 per output channel, activations asymmetric per tensor, biases 32 bits; the first and last layer have 8-bit
 weights and activations. The default recipe is the most accurate of those tried for its time; --recipe selects
 another.
@@ -155,7 +155,7 @@ def is_first_or_last(layer: nn.Module) -> bool:
 
 
 def quantizers(recipe: Recipe, weight_bits: int, activation_bits: int) -> dict:
-    """The quantizers of a convolution or linear layer, in the form that Brevitas' layerwise backend accepts."""
+    """Return the quantizers of a convolution or linear layer, in the form that Brevitas' layerwise backend accepts."""
     ranges = {"mse": ShiftedUint8ActPerTensorFloatMSE, "percentile": ShiftedUint8ActPerTensorFloat}
     return {
         "weight_quant": Int8WeightPerChannelFloatMSE.let(

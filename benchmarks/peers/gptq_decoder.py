@@ -1,9 +1,9 @@
 """GPTQ of LLM Compressor on the decoder that benchmarks/studies/decoder.py trains: perplexity, KL divergence and time
-as JSON. One entry per run; finished runs are skipped.
+as JSON. One entry per run; finished entries are skipped.
 
-Quantizes the weights of the decoder's linears, symmetric, one scale per group of inputs; embedding, output layer and activations stay float
-(`decoder.py linears` does the same with anybit). Calibrated on the same 128 blocks of the training text, measured on the same blocks of the
-held-out text. Recipes:
+Quantizes the weights of the decoder's linear layers symmetrically, with one scale per group of inputs; embedding, output layer and
+activations stay float. `decoder.py linears` does the same with anybit, on the same 128 calibration blocks of the training text and the
+same blocks of the held-out text. Recipes:
 
     gptq         the tool's default: scales from the largest weight of a group, columns ordered by their activations ("static")
     gptq-mse     the same, with scales that minimize the error
@@ -53,10 +53,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def blocks_of(folder: Path, part: str) -> Tensor:
-    """train.txt or test.txt as one text in blocks of LENGTH tokens, [N, LENGTH], split as in anybit; the remainder is dropped."""
+    """Split train.txt or test.txt, as one text, into blocks of LENGTH tokens, [N, LENGTH], as anybit does; the remainder is dropped."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is not None:
-        raise ValueError("A tokenizer with a token for the end of a text is not what decoder.py trains with: each sentence would need one.")
+        raise ValueError(
+            "The tokenizer has an end-of-text token, which each sentence would need; decoder.py trains with a tokenizer that has none."
+        )
     lines = [line for line in (folder / f"{part}.txt").read_text(encoding="utf8").splitlines() if line.strip()]
     tokens = [token for sentence in tokenizer(lines, verbose=False)["input_ids"] for token in sentence]
     count = len(tokens) // LENGTH
@@ -64,7 +66,7 @@ def blocks_of(folder: Path, part: str) -> Tensor:
 
 
 def drawn(blocks: Tensor, seed: int) -> Tensor:
-    """The blocks that anybit draws with the same seed."""
+    """Draw the blocks that anybit draws with the same seed."""
     return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:BLOCKS]]
 
 
@@ -74,12 +76,12 @@ def batches(blocks: Tensor) -> DataLoader:
 
 @torch.no_grad()
 def log_probabilities(network: nn.Module, tokens: Tensor) -> Tensor:
-    """Log-probabilities of the next tokens, [N (T - 1), vocabulary]."""
+    """Return log-probabilities of the next tokens, [N (T - 1), vocabulary]."""
     return network(input_ids=tokens, use_cache=False).logits[:, :-1].float().flatten(0, 1).log_softmax(-1)
 
 
 def measure(network: nn.Module, blocks: Tensor, reference: Sequence[Tensor] | None = None) -> dict[str, float]:
-    """Perplexity of the next tokens, and their KL divergence from `reference`, the float network's `log_probabilities` batch by batch."""
+    """Measure perplexity of the next tokens, and KL divergence from `reference`, the float network's `log_probabilities` by batch."""
     loss, divergence, count = 0.0, 0.0, 0
     for number, tokens in enumerate(blocks.split(BATCH)):
         log_probs, labels = log_probabilities(network, tokens), tokens[:, 1:].flatten()
@@ -103,7 +105,7 @@ def modifier(recipe: str, bits: int, group: int | None) -> GPTQModifier | Quanti
 
 
 def linear_bytes(network: nn.Module, bits: int, group: int | None) -> int:
-    """Bytes of the decoder's linears: codes and float32 scales."""
+    """Count the bytes of the decoder's linear layers: codes and float32 scales."""
     layers = [layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"]
     return sum(layer.weight.numel() * bits // 8 + 4 * layer.weight.numel() // (group or layer.in_features) for layer in layers)
 
@@ -150,8 +152,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
-    parser.add_argument("--groups", nargs="+", type=int, default=[128, 32], help="0: one scale a channel")
-    parser.add_argument("--seed", type=int, default=0, help="by which the calibration blocks are drawn")
+    parser.add_argument("--groups", nargs="+", type=int, default=[128, 32], help="inputs per scale; 0: one scale per channel")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw of calibration blocks")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""The machine and versions that a peer ran with; standard library only, since peers have separate environments."""
+"""The machine and the versions that a peer runs with; standard library only, since each peer has its own environment."""
 
 import os
 import platform

@@ -3,8 +3,8 @@
     python examples/digits.py runs/digits
     python -m benchmarks.reliability.determinism --data runs/digits/digits.npz --weights runs/digits/weights.safetensors
 
-Each run is a separate process. Floating-point sums depend on how they are split over threads; this counts the consequences of their
-last digits: differing codes, differing bits, and the accuracy on the test set.
+Each run is a separate process. Floating-point sums depend on how they are split over threads; the study counts the consequences of their
+last digits: codes that differ, layers whose bits differ, and the accuracy on the test set.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MEASURED = ("stages", "environment", "settings")
 
 
 def run(arguments: argparse.Namespace, folder: Path, threads: int, pipeline: str) -> None:
-    """Run with all budgets and save the result."""
+    """Calibrate with all budgets and save the results."""
     torch.set_num_threads(threads)
     test = f"{arguments.data}#test"
     settings = {"weights": arguments.weights, "test": test, "samples": 512, "pipeline": pipeline, "cache": False}
@@ -44,7 +44,7 @@ def in_a_subprocess(*arguments: Any) -> None:
     process.start()
     process.join()
     if process.exitcode:
-        raise SystemExit(f"The run has failed with exit status {process.exitcode}.")
+        raise SystemExit(f"The run failed with exit status {process.exitcode}.")
 
 
 def compared(one: Path, other: Path, weights: str) -> dict[str, Any]:

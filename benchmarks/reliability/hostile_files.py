@@ -1,14 +1,14 @@
-"""Mutated files: each must raise a typed error, or load as its contents say.
+"""Mutated files: reading each must raise a typed error, or give what its contents say.
 
     python -m benchmarks.reliability.hostile_files --cases 10000 --output benchmarks/results/hostile_files.json
-    python -m benchmarks.reliability.hostile_files --replay 4711             (repeats one case and shows its error)
+    python -m benchmarks.reliability.hostile_files --replay 4711             (repeats one case and prints its error)
 
-A case takes the files of one kind (a run's, a supernet's, a cache's, ...), mutates one of them, and reads them as the verbs do. In every
-second case the checksums are recomputed, so that the parsers are tested and not only the hash. Accepted outcomes:
+A case takes the files of one kind (of a run, a supernet, a cache, ...), mutates one of them, and reads them as the verbs do. In every
+second case the checksums are recomputed, so that the parsers are tested and not only the hashes. Accepted outcomes:
 
-    error     an AnybitError of one line that names a file or its faulty part
-    same      it loads with every number as written: the mutation changed nothing of meaning
-    edited    it loads as other, valid contents; only with recomputed checksums, or for kinds without checksums
+    error     an AnybitError of one line that names the file or its faulty part
+    same      the file loads with every number as written: the mutation changed nothing that matters
+    edited    the file loads with other, valid contents; accepted only with recomputed checksums, or for kinds without checksums
 
 Anything else fails: another exception, invalid numbers, a case that takes more than 10 seconds, or one that allocates more memory than
 the process has plus LEEWAY (files here have a few thousand bytes).
@@ -77,7 +77,7 @@ from benchmarks.reliability.mutations import BYTES, JSONS, TENSORS, Mutation, cl
 
 SECONDS = 10
 LEEWAY = 256 * 2**20
-"""Bytes of address space above the process's own; an allocation of what a file claims is far beyond."""
+"""Bytes of address space allowed beyond the process's own; allocating the size that a mutated file claims takes far more."""
 
 
 class Tiny(nn.Module):
@@ -113,8 +113,10 @@ class Unsound(Exception):
 
 @dataclass(frozen=True)
 class Kind:
-    """files     to mutate;   read  reads as the verbs do, and returns comparable values;   remake  recomputes checksums after a mutation
-    guarded   whether a checksum covers all that `read` gives
+    """A kind of files.
+
+    files     the files to mutate;   read  reads them as the verbs do, and returns comparable values
+    remake    recomputes checksums after a mutation;   guarded  whether a checksum covers everything that `read` returns
     """
 
     files: tuple[str, ...]
@@ -128,7 +130,7 @@ def numbers(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Check that the network runs and gives finite numbers."""
+    """Check that the network's numbers are finite, and that it runs."""
     if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point()):
         raise Unsound("a loaded tensor is not finite")
     with torch.no_grad():
@@ -144,12 +146,12 @@ def read_run(folder: Path) -> Any:
 
 def read_reports(folder: Path) -> Any:
     report = read_report(folder)
-    cli_prints(report)
+    render(report)
     return json.dumps({key: value for key, value in report.items() if key not in TIMES})
 
 
-def cli_prints(report: dict) -> None:
-    """Render everything that a verb prints of a report, and discard it."""
+def render(report: dict) -> None:
+    """Render everything that verbs print of a report, and discard it."""
     with contextlib.redirect_stdout(io.StringIO()):
         if report.get("result"):
             print_report(report)
@@ -204,7 +206,7 @@ def trainee_of(network: nn.Module) -> Any:
 
 @functools.cache
 def blank_trainee() -> Any:
-    """A prepared training, created once and copied for each case."""
+    """Return a prepared training, which is created once and copied for each case."""
     return trainee_of(NETWORK)
 
 
@@ -217,52 +219,52 @@ def read_training(folder: Path) -> Any:
     return numbers(dict(one.model.state_dict())), numbers(state), records, one.decisions()
 
 
-KEPT_LAYERS = ("conv1", "conv2", "fc")
+STORED_LAYERS = ("conv1", "conv2", "fc")
 
 
-def read_kept(folder: Path) -> Any:
-    """A unit's result, reused from the cache or recomputed: the same whatever happened to the file."""
-    recall, calibrated = Cache(folder / "cache"), quickly(0, 4)
+def read_entry(folder: Path) -> Any:
+    """Return a unit's result, reused from the cache or recomputed: it is the same whatever happened to the file."""
+    cache, calibrated = Cache(folder / "cache"), quickly(0, 4)
 
     def read(stored: Entry) -> dict[str, float]:
-        put_back(model, KEPT_LAYERS, stored.tensors)
+        put_back(model, STORED_LAYERS, stored.tensors)
         return {key: float(value) for key, value in stored.record.items()}
 
     model = copy.deepcopy(calibrated)
     (folder / "cache").mkdir()
-    entry = recall._path("a unit")
+    entry = cache._path("a unit")
     entry.parent.mkdir()
     entry.write_bytes((folder / "digest").read_bytes() + _entry(folder))
-    result = recall("a unit", lambda: kept_of(calibrated), read)
+    result = cache("a unit", lambda: entry_of(calibrated), read)
     check_finite(model)
     return [result, numbers(model.state_dict())]
 
 
 def _entry(folder: Path) -> bytes:
-    """The entry's bytes after its digest, with a mutated record inserted."""
+    """Return the entry's bytes after its digest, with the record inserted if it is mutated."""
     data, record = (folder / "kept.safetensors").read_bytes(), (folder / "record.json").read_bytes()
     if record == (folder / "record as written").read_bytes():
         return data
     return save({**load(data), RECORD: torch.frombuffer(bytearray(record) or bytearray(b" "), dtype=torch.uint8)})
 
 
-def remake_kept(folder: Path) -> None:
+def remake_entry(folder: Path) -> None:
     with suppress(SafetensorError, KeyError, ValueError):
         (folder / "digest").write_bytes(hashlib.sha256(_entry(folder)).digest())
 
 
-def kept_of(model: nn.Module) -> Entry:
-    return Entry({"before": 0.25, "after": 0.125, "steps": 6}, snapshot(model, KEPT_LAYERS))
+def entry_of(model: nn.Module) -> Entry:
+    return Entry({"before": 0.25, "after": 0.125, "steps": 6}, snapshot(model, STORED_LAYERS))
 
 
 @functools.cache
 def quickly(seed: int, width: int) -> nn.Module:
-    """A canonical network that takes a moment to create."""
+    """Return a canonical network, which is created once."""
     return anybit.calibrate(calibrated_result(seed, width), LABELLED, "4bit", seed=seed, cache=False, **QUICK).model
 
 
-def write_kept(folder: Path, seed: int, width: int) -> None:
-    data = _serialized("a unit", kept_of(quickly(seed, width)))
+def write_entry(folder: Path, seed: int, width: int) -> None:
+    data = _serialized("a unit", entry_of(quickly(seed, width)))
     (folder / "digest").write_bytes(data[:DIGEST_BYTES])
     (folder / "kept.safetensors").write_bytes(data[DIGEST_BYTES:])
     for name in ("record.json", "record as written"):
@@ -284,7 +286,7 @@ def read_latency(folder: Path) -> Any:
         latency._table_file = table_file
     table, metadata = loaded
     if not 0 <= table.total(Scheme.uniform(network.names, "W8A8")) < float("inf"):
-        raise Unsound("a latency that is no number")
+        raise Unsound("a predicted latency is not a finite number")
     return digest_of([asdict(table), metadata])
 
 
@@ -308,7 +310,7 @@ def read_weights(folder: Path) -> Any:
 
 
 def read_graph(folder: Path) -> Any:
-    """Read as `verify` does before running anything: constants and operators, for comparison with the run's."""
+    """Read constants and operators, as `verify` does to compare them with the run's before it runs anything."""
     model = load_graph(folder / "net.onnx")
     try:
         contents = {name: digest_of(array.tolist()) for name, array in _contents(model).items() if array is not None}
@@ -318,7 +320,7 @@ def read_graph(folder: Path) -> Any:
 
 
 def replaced(path: Path, key: str, value: str) -> None:
-    """Put a hash into a JSON file and leave its other bytes unchanged."""
+    """Replace a hash in a JSON file and leave its other bytes unchanged."""
     text = path.read_bytes()
     path.write_bytes(re.sub(rb'("%s": ?")[^"]*(")' % key.encode(), lambda match: match[1] + value.encode() + match[2], text))
 
@@ -401,7 +403,7 @@ KINDS: dict[str, Kind] = {
     "training checkpoint": Kind(("checkpoint.safetensors",), read_training, remake_training),
     "supernet": Kind(("supernet.json", "supernet.safetensors", "report.json"), read_store, remake_supernet),
     "search": Kind(("search.json",), read_search, remake_supernet),
-    "stored result": Kind(("kept.safetensors", "record.json"), read_kept, remake_kept),
+    "stored result": Kind(("kept.safetensors", "record.json"), read_entry, remake_entry),
     "latency cache": Kind(("latency.json",), read_latency, lambda folder: reseal(folder / "latency.json")),
     "list of own runs": Kind(("state/anybit/runs.json",), read_listing, guarded=False),
     "scheme to extract": Kind(("wanted.json",), read_scheme_text, guarded=False),
@@ -409,7 +411,7 @@ KINDS: dict[str, Kind] = {
     "pickled weights": Kind(("weights.pt",), read_weights, guarded=False),
     "exported file": Kind(("net.onnx",), read_graph, guarded=False),
 }
-"""A new kind of file is one entry here, and its making in `write_all`."""
+"""A new kind of file is one entry here, and its writing in `write_all`."""
 
 
 def write_all(home: Path, seed: int, width: int = 4) -> None:
@@ -420,7 +422,7 @@ def write_all(home: Path, seed: int, width: int = 4) -> None:
         result.save(home / kind)
     for kind in ("scheme to extract", "stored result", "latency cache", "weights", "pickled weights"):
         (home / kind).mkdir()
-    if seed == 0:  # it is not recomputed
+    if seed == 0:  # this file has no checksums to recompute
         anybit.export(home / "run", home / "exported file" / "net.onnx", model=network, data=INPUTS)
     (home / "scheme to extract" / "wanted.json").write_text(json.dumps(result.scheme.to_json()))
     save_file(network.state_dict(), home / "weights" / "weights.safetensors")
@@ -431,7 +433,7 @@ def write_all(home: Path, seed: int, width: int = 4) -> None:
     supernet = anybit.train(network, LABELLED, seed=seed, **TRAINING)
     supernet.save(home / "supernet")
     anybit.search(supernet, LABELLED, ["3bit"], images=3, evaluations=10, seed=seed, cache=False).save(home / "search")
-    write_kept(home / "stored result", seed, width)
+    write_entry(home / "stored result", seed, width)
     names = observed().names
     steps = [OperationFlow(name, (number,), (number + 1,), 100) for number, name in enumerate(names)]
     table = LatencyTable({n: {"float32": 3e-4, "int8": 1e-4} for n in names}, {"float32": 5e-4, "int8": 6e-4}, 1e-8, steps)
@@ -460,7 +462,7 @@ def write_training(folder: Path, seed: int, network: nn.Module) -> None:
 
 @dataclass
 class Case:
-    """number, kind, file, mutation, remade   describe the case;   outcome, error, seconds, bytes  its result"""
+    """A mutation of one file (`remade`: with recomputed checksums), and its result from `outcome` on."""
 
     number: int
     kind: str
@@ -481,7 +483,7 @@ def mutations_of(name: str) -> dict[str, Mutation]:
 
 
 def run_case(home: Path, number: int, seed: int, pristine: dict[str, Any]) -> Case:
-    """Mutate, read and judge; `home` contains the folders "a" (copied and mutated), "b" (other weights) and "c" (another network)."""
+    """Mutate, read and judge. `home` contains the folders "a" (copied and mutated), "b" (other weights) and "c" (another network)."""
     rng = random.Random(f"{seed} {number}")
     name = list(KINDS)[(number // 2) % len(KINDS)]
     kind = KINDS[name]
@@ -513,7 +515,7 @@ def judge(case: Case, kind: Kind, folder: Path, pristine: dict[str, Any]) -> Non
     except AnybitError as error:
         case.outcome, case.error = "error", type(error).__name__
         if "\n" in str(error) or not 20 < len(str(error)) < 2000:
-            case.outcome = f"FAILED: a message of {len(str(error))} letters: {str(error)[:200]!r}"
+            case.outcome = f"FAILED: a message of {len(str(error))} characters: {str(error)[:200]!r}"
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -562,7 +564,7 @@ def prepared(home: Path) -> dict[str, Any]:
                 kind.remake(home / "once")
             result = kind.read(home / "once")
             if pristine.setdefault(name, result) != result:
-                raise Unsound(f"{name}: making its checksums right changes what it says")
+                raise Unsound(f"{name}: recomputing the checksums changes the contents")
             shutil.rmtree(home / "once")
     return pristine
 

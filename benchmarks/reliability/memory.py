@@ -1,12 +1,12 @@
-"""Memory of calibrate runs of EfficientNet-lite0 against `--memory`, at three budgets and at the minimum, and of ResNet-20, which needs
-less than any run is allowed. One JSON entry per run.
+"""Memory of calibrate runs against `--memory`: EfficientNet-lite0 at four budgets and at the minimum, and ResNet-20, which needs less than
+the minimum. One JSON entry per run.
 
     python -m benchmarks.reliability.memory --images FOLDER --results RESULTS
     python -m benchmarks.reliability.memory --images cifar10.npz --weights resnet20_cifar10.safetensors --results RESULTS
 
-Each budget has its own process; a thread reads its anonymous resident memory (not backed by files) every 10 ms. Reported are
-the peak of each stage above the memory after loading and folding the network and loading the inputs, the budget, and the bytes
-spilled to disk. Besides activations, a run holds weights: the folded and prepared copies, and one for each candidate bit-width.
+Each budget runs in its own process; a thread reads the anonymous resident memory (not backed by files) every 10 ms. An entry holds the
+budget, the bytes spilled to disk, and the peak of each stage above the memory after the network has been loaded and folded and the inputs
+have been loaded. Besides activations, a run holds weights: the folded and prepared copies, and one for each candidate bit-width.
 """
 
 import json
@@ -62,11 +62,11 @@ def anonymous() -> int:
 
 
 RESNET20 = {"samples": 512, "pipeline": "light", "weight_bits": (2, 4, 8), "activation_bits": (8,)}
-"""Of the second network: batches of the default size, the default samples."""
+"""Settings of the second network: the default batch size and number of samples."""
 
 
 def child(images: str, weights: str | None, memory: int) -> dict[str, Any]:
-    """Run once in this process: ResNet-20 where there are `weights`, else EfficientNet-lite0."""
+    """Run once in this process: ResNet-20 if `weights` are given, else EfficientNet-lite0."""
     torch.set_num_threads(1)
     watch, spilled = Watch(), []
     timed, allocate = StageClock.stage, MemoryBudget.allocate
@@ -110,7 +110,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--images", required=True)
     options.add_argument("--child", type=int, help="run one budget in this process and print its JSON")
-    options.add_argument("--weights", help="of ResNet-20, which runs instead; --images is its CIFAR-10")
+    options.add_argument("--weights", help="weights of ResNet-20, which then runs instead; --images is its CIFAR-10 file")
     arguments = options.parse_args()
     if arguments.child is not None:
         print(json.dumps(child(arguments.images, arguments.weights, arguments.child)))

@@ -1,4 +1,4 @@
-"""Mutations of files: damaged bytes, and edits that know JSON and safetensors. Each takes (bytes, rng) and returns bytes."""
+"""Mutations of files: damaged bytes, and edits of JSON and safetensors structures. Each takes (bytes, rng) and returns bytes."""
 
 import json
 import random
@@ -59,7 +59,7 @@ BYTES: dict[str, Mutation] = {
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """All places in a JSON value, as key paths."""
+    """Return all places in a JSON value, as key paths."""
     paths = [path]
     for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         paths += places(part, (*path, key))
@@ -67,7 +67,7 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
 
 
 def edited(data: bytes, rng: random.Random, change: Callable[[Any, Any, random.Random], None]) -> bytes:
-    """Apply `change(parent, key, rng)` at a random place; depths are equally likely, since the deepest has the most places."""
+    """Apply `change(parent, key, rng)` at a random place. All depths are equally likely, because most places are at the greatest depth."""
     value = [json.loads(data)]
     paths = places(value)[1:]
     depth = rng.choice(sorted({len(path) for path in paths}))
@@ -124,7 +124,7 @@ def exchange(parent: Any, key: Any, rng: random.Random) -> None:
 
 
 def nudge(parent: Any, key: Any, rng: random.Random) -> None:
-    """Another value of the same type."""
+    """Replace a value by another of the same type."""
     value = parent[key]
     if isinstance(value, bool):
         parent[key] = not value

@@ -1,13 +1,13 @@
-"""Killed and resumed runs: whether the results are byte-identical, the work lost, and the cost of storing results. One JSON entry per run.
+"""Killed and resumed runs: whether their results are byte-identical, the work lost, the cost of storing results. One JSON entry per run.
 
     python examples/digits.py runs/digits
     python -m benchmarks.reliability.resume kills --weights runs/digits/weights.safetensors --data runs/digits/digits.npz
     python -m benchmarks.reliability.resume cost  --weights runs/digits/weights.safetensors --data runs/digits/digits.npz
 
 kills   100 runs of `anybit calibrate`, each with an empty cache, killed with SIGKILL at random moments up to three times, then run
-        to the end. For each kill: the stage, the number of results that the process had reused, and the seconds since its last event,
-        the lost work. The run's files are compared with those of a run that was never killed.
-    cost    processor seconds of hashing, packing and writing, and of the rest of a run with an empty cache.
+        to the end. For each kill: the stage, the number of results that the process had reused, and the lost work, as the seconds since
+        its last event. The run's files are compared with those of a run that was never killed.
+cost    processor seconds of hashing, packing and writing, and of the rest of a run with an empty cache.
 """
 
 import argparse
@@ -71,16 +71,16 @@ class Run:
         return rows if begun == self.started else []
 
     def contents(self) -> dict[str, bytes]:
-        """The finished run's files, without times and memory."""
+        """Read the finished run's files, without times and memory."""
         files = {name: (self.folder / "run" / name).read_bytes() for name in FILES}
         report = json.loads((self.folder / "run" / "report.json").read_text())
         return files | {"report.json": json.dumps({key: value for key, value in report.items() if key not in MEASURED}).encode()}
 
 
 def killed_at(run: Run, events: int, seconds: float) -> dict[str, Any] | None:
-    """Kill the run `seconds` after `events` events, not counting reused results; None if it ended before."""
+    """Kill the run `seconds` after its event number `events`, not counting reused results; return None if it ended before."""
     process = run.start()
-    while process.poll() is None and len(_made(run.events())) < events:
+    while process.poll() is None and len(_computed(run.events())) < events:
         time.sleep(0.02)
     try:
         process.communicate(timeout=seconds)
@@ -94,12 +94,12 @@ def killed_at(run: Run, events: int, seconds: float) -> dict[str, Any] | None:
     return {"stage": _stage(log), "recalled": recalled, "lost_seconds": at - _seconds(log[-1]["time"])}
 
 
-def _made(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _computed(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in events if row["event"] != "recalled"]
 
 
 def _stage(events: list[dict[str, Any]]) -> str:
-    """The run's stage at its last event; for polishing, its step."""
+    """Return the run's stage at its last event; for polishing, its step."""
     last = next((row for row in reversed(events) if row["event"] in ("stage begins", "stage ends")), {"event": "", "stage": "start"})
     if last["event"] == "stage ends":
         return f"after {last['stage']}"
@@ -152,7 +152,7 @@ def kills(arguments: argparse.Namespace, results: Entries) -> None:
 
 
 def cost(arguments: argparse.Namespace, results: Entries) -> None:
-    """Processor seconds of storing and hashing, and of the rest, in one run each."""
+    """Measure processor seconds of storing and hashing, and of the rest, in one run each."""
     spent, depth = [0.0], [0]
 
     def timed(owner: Any, name: str) -> None:

@@ -1,10 +1,10 @@
-"""Allocation alone: the integer program at 200 layers x 49 choices x 2 budgets, through HiGHS (anybit) and through PuLP/CBC.
+"""Allocation alone: the integer program at 200 layers x 49 choices x 2 budgets, solved by HiGHS (anybit) and by CBC (PuLP).
 
-    python -m benchmarks.studies.allocation_scale --output benchmarks/results/allocation_scale.json        (needs: pip install pulp)
+    python -m benchmarks.studies.allocation_scale --output benchmarks/results/allocation_scale.json        (needs `pip install pulp`)
 
-The losses are drawn like measured ones: falling about fourfold per bit, with layers of very different size and sensitivity.
-Both solvers get the same numbers; CBC gets the relative gap that HiGHS reaches. Processor seconds are reported beside wall-clock
-seconds, which other processes on the machine increase.
+The random losses resemble measured ones: they fall about fourfold per bit, and layers differ widely in size and sensitivity.
+Both solvers get the same numbers; CBC gets the relative gap that HiGHS reaches. Both processor seconds and wall-clock seconds are
+reported, since other processes on the machine increase the latter.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from anybit.scheme import Precision
 
 
 def random_problem(seed: int, layers: int = 200) -> Problem:
-    """`layers` layers, weights and activations 2..8 bits, budgets on weight bits and on BOPs at half of the largest."""
+    """Draw losses: 2..8 bits for weights and activations, limits at half of the largest weight bits and a quarter of the largest BOPs."""
     rng = np.random.default_rng(seed)
     options = [Precision(w, a) for w in range(2, 9) for a in range(2, 9)]
     choices, losses, bits, bops = {}, {}, {}, {}
@@ -43,7 +43,7 @@ def random_problem(seed: int, layers: int = 200) -> Problem:
 
 
 def solve_with_pulp(problem: Problem, gap: float) -> dict:
-    """The same program through PuLP and its bundled CBC."""
+    """Solve the same program with PuLP and its bundled CBC."""
     import pulp  # the peer; anybit itself uses HiGHS
 
     model = pulp.LpProblem("allocation", pulp.LpMinimize)
@@ -70,7 +70,7 @@ def timed(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 
 def main() -> None:
-    """Solve five problems with both solvers in turn; ratios are within one run."""
+    """Solve five problems with both solvers, in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()

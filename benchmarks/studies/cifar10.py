@@ -1,4 +1,4 @@
-"""Shared by the studies of ResNet-20 on CIFAR-10: the network, the data, and the arguments."""
+"""The network, the data and the arguments of the studies of ResNet-20 on CIFAR-10."""
 
 import argparse
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ class ResNet20(Entries):
 
     @property
     def half(self) -> bool:
-        """Whether training in bfloat16 is faster here; recorded in the settings of entries."""
+        """Return whether training in bfloat16 is faster on this device; entries record it in their settings."""
         return not emulates_bfloat16(torch.device(self.arguments.device))
 
     def checkpoint(self, key: str) -> Path:
@@ -53,7 +53,7 @@ class ResNet20(Entries):
         return torch.cat([batch.labels for batch in self.test.batches(1000)])
 
     def row(self, result: anybit.Result) -> dict[str, Any]:
-        """The result on the whole test set, per image for paired intervals, with its costs."""
+        """Score the result on the whole test set, per image for paired intervals; add its costs."""
         right = correct(outputs_of(result.model, self.test.batches(250)), self.labels()).numpy()
         report = result.report
         return {
@@ -69,7 +69,7 @@ class ResNet20(Entries):
 
 
 def cifar10_parser(description: str | None, studies: Iterable[str], seeds: int) -> argparse.ArgumentParser:
-    """The arguments of every study of ResNet-20."""
+    """Create the arguments of every study of ResNet-20."""
     options = parser(description, studies)
     options.add_argument("--data", required=True)
     options.add_argument("--weights", required=True)
@@ -79,15 +79,15 @@ def cifar10_parser(description: str | None, studies: Iterable[str], seeds: int) 
 
 
 def training_parser(description: str | None, studies: Iterable[str], seeds: int, epochs: int) -> argparse.ArgumentParser:
-    """The arguments of the roads that train."""
+    """Create the arguments of the studies of roads that train."""
     options = cifar10_parser(description, studies, seeds)
     options.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "checkpoints")
-    options.add_argument("--runs", type=Path, help="keep the folders of runs here")
+    options.add_argument("--runs", type=Path, help="keep the run folders here")
     options.add_argument("--epochs", type=int, default=epochs)
     options.add_argument("--batch-size", type=int, default=256)
-    options.add_argument("--images", type=int, help="train on so many of the images, drawn once")
-    options.add_argument("--test-images", type=int, help="score on the first so many test images")
-    options.add_argument("--test-once", action="store_true", help="test the end alone, not each epoch (`choices` of grow needs each)")
+    options.add_argument("--images", type=int, help="train on this many of the images, drawn once")
+    options.add_argument("--test-images", type=int, help="score on this many test images, the first ones")
+    options.add_argument("--test-once", action="store_true", help="test only after the last epoch (`choices` of grow needs every epoch)")
     options.add_argument("--rounds", type=int, default=10)
     options.add_argument("--device", default="cpu")
     return options

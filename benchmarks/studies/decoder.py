@@ -1,17 +1,17 @@
-"""A four-layer Llama that this benchmark trains itself, and its weights at 4 and 3 bits. One JSON entry a run; a finished one is not run
-again.
+"""A four-layer Llama that this benchmark trains itself, and its weights at 4 and 3 bits. One JSON entry per run; finished entries are
+skipped.
 
     python -m benchmarks.studies.decoder train --folder FOLDER --text sst2/train.tsv --tokenizer minilm-sst2
     python -m benchmarks.studies.decoder STUDY --folder FOLDER
 
-    train     next-token prediction on SST-2 sentences, the last 2 % held out; FOLDER, which should be outside the repository, then contains
-              the network, the tokenizer, train.txt and test.txt
+    train     next-token prediction on SST-2 sentences, the last 2 % held out; writes the network, the tokenizer, train.txt and test.txt
+              to FOLDER, which should be outside the repository
     methods   weights only: rounding to nearest, and layer-wise AdaQuant; one scale per channel, and per 128, 64 and 32 inputs
-    linears   the same for the linears only, embedding and output layer in float, as in peers/gptq_decoder.py
+    linears   the same for the linear layers only, embedding and output layer in float, as in peers/gptq_decoder.py
     matmuls   8-bit activations, including those of the attention matmuls
 
-Calibrated on 128 blocks of training text (102 to fit, 26 held out), measured on all blocks of the held-out text. SST-2 is phrases of fewer
-sentences, so that held-out phrases can be part of training ones: the perplexity compares networks, it does not measure their quality.
+Calibrated on 128 blocks of training text (102 to fit, 26 held out), measured on all blocks of the held-out text. SST-2 contains phrases of
+the same sentences, so held-out phrases can be part of training ones: the perplexity compares networks but does not measure their quality.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def trained(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def fit(model: nn.Module, blocks: Any, some: Sequence[Batch]) -> list[dict[str, float]]:
-    """Train with AdamW and a cosine rate; return perplexities on the way."""
+    """Train with AdamW and a cosine schedule; return perplexities along the way."""
     optimizer = torch.optim.AdamW(model.parameters(), TRAINING["rate"], betas=(0.9, 0.95), weight_decay=TRAINING["decay"], fused=True)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, TRAINING["warmup"], TRAINING["steps"])
     generator = torch.Generator().manual_seed(TRAINING["seed"])
@@ -120,21 +120,21 @@ def fit(model: nn.Module, blocks: Any, some: Sequence[Batch]) -> list[dict[str, 
 
 
 def texts_of(folder: Path, part: str, model: nn.Module) -> Any:
-    """Blocks of the folder's train.txt or test.txt."""
+    """Load blocks of the folder's train.txt or test.txt."""
     return load_data(str(folder / f"{part}.txt"), Preprocessing(length=LENGTH), model=model)
 
 
 def log_probabilities(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Tensor]:
-    """Log-probabilities of the next tokens, [tokens, vocabulary], by batch."""
+    """Yield log-probabilities of the next tokens, [tokens, vocabulary], by batch."""
     with evaluating(model), torch.no_grad():
         for batch in batches:
             yield predict(model, batch).log_softmax(-1)
 
 
 def measure(model: nn.Module, batches: Sequence[Batch], reference: Iterable[Tensor] | None = None) -> dict[str, float]:
-    """Perplexity and top-1 of the next tokens, and their KL divergence from `reference`, the `log_probabilities` of the float network.
+    """Measure perplexity and top-1 of the next tokens, and KL divergence from `reference`, the `log_probabilities` of the float network.
 
-    Batch by batch: `anybit.evaluate` takes all logits at once, gigabytes of them.
+    This goes batch by batch, because `anybit.evaluate` takes all logits at once, which are gigabytes.
     """
     totals, count = {"loss": 0.0, "top1": 0.0, "kl": 0.0}, 0
     for batch, log_probs, expected in zip(batches, log_probabilities(model, batches), reference or repeat(None), strict=False):
@@ -157,7 +157,7 @@ class Study(Entries):
         super().__init__(arguments, f"decoder_{arguments.study}")
         if arguments.study != "train":
             self.model = load_model(f"hf:{arguments.folder}")
-            # Drawn once and here, so that every method, and a peer that draws equally, gets the same blocks.
+            # Drawn here, once, so that every method gets the same blocks, as does a peer that draws in the same way.
             self.blocks = replace(draw(texts_of(arguments.folder, "train", self.model), BLOCKS, 0), labelled=False)
             self.test = list(texts_of(arguments.folder, "test", self.model).batches(16))
             self.reference = list(log_probabilities(self.model, self.test))
@@ -222,9 +222,9 @@ STUDIES = {"train": train, "methods": methods, "linears": linears, "matmuls": ma
 def main() -> None:
     """Run one study."""
     options = parser(__doc__, STUDIES)
-    options.add_argument("--folder", required=True, type=Path, help="of the network, outside of the repository")
-    options.add_argument("--text", type=Path, help="of `train`: a .tsv with a column `sentence`")
-    options.add_argument("--tokenizer", type=Path, help="of `train`: the Hugging Face folder whose tokenizer is used")
+    options.add_argument("--folder", required=True, type=Path, help="folder of the network, outside the repository")
+    options.add_argument("--text", type=Path, help="for `train`: a .tsv file with a column `sentence`")
+    options.add_argument("--tokenizer", type=Path, help="for `train`: the Hugging Face folder whose tokenizer is used")
     options.add_argument("--threads", type=int, default=1)
     arguments = options.parse_args()
     if arguments.study == "train" and not (arguments.text and arguments.tokenizer):

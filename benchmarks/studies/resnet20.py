@@ -2,15 +2,15 @@
 
     python -m benchmarks.studies.resnet20 STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors
 
-    uniform     W4A8, W4A4, W3A3, W2A4, W2A2, first and last layer at 8 bits, three seeds; below 4 bits also with long settings
-    ladder      the gain of each step at each of these, one seed
-    solver      with and without the closed-form solver: light, and 300 steps of AdaQuant; with processor times of one run
-    roundings   each rounding alone, 300 steps from ranges on 512 images, one seed; with processor times of one run
-    sensitivities  measured and predicted sensitivity: 3 and 2.5 weight bits on average, A8, light, with and without the solver; two seeds
-    mixed       4, 3 and 2.5 weight bits on average, everything in the budget: A8, and searched activation bits; three seeds
-    small-sets  W4A4 from 8 to 1,024 images, three draws: ranges only, AdaQuant layer-wise and block-wise
-    scatter     predicted against measured loss at 3 bits: integer program, 20 random schemes that fit, uniform
-    speed       W4A8 and W4A4 with short settings, for a comparison of time with a peer (see peers/)
+    uniform     W4A8, W4A4, W3A3, W2A4, W2A2, first and last layer at 8 bits, three seeds; below 4 bits also with more steps and dropping
+    ladder      the gain of each step of calibrate at each of these precisions, one seed
+    solver      with and without the closed-form solver: light, and 300 steps of AdaQuant; with processor times
+    roundings   each rounding alone, 300 steps from ranges on 512 images, one seed; with processor times
+    sensitivities  measured or predicted sensitivity: 3 and 2.5 weight bits on average, A8, light, with and without the solver; two seeds
+    mixed       4, 3 and 2.5 weight bits on average, all layers in the budget: A8, and searched activation bits; three seeds
+    small-sets  W4A4 on 8 to 1,024 images, drawn three times: ranges only, AdaQuant layer-wise and block-wise
+    scatter     predicted against measured loss at 3 bits: integer program, 20 random schemes within the budget, uniform
+    speed       W4A8 and W4A4 with few steps, to compare their time with a peer's (see peers/)
 
 Images are training images without labels; only the report uses the test set.
 """
@@ -37,9 +37,9 @@ from benchmarks.studies.cifar10 import ResNet20, cifar10_parser
 ENDS = {"conv1": Precision(8, 8), "linear": Precision(8, 8)}
 PRECISIONS = ((4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
 FULL = {"mirror": True, "steps": 300}
-"""The end of the ladder: the settings of every headline number from 4 bits on."""
+"""The last row of the ladder: the settings of every headline number at 4 bits and above."""
 LONG = {"mirror": True, "steps": 1000, "drop": 0.5}
-"""Below 4 bits more steps help, where dropping keeps them from learning the images by heart."""
+"""Below 4 bits more steps help, if dropping keeps them from memorizing the images."""
 
 RUNGS: dict[str, dict[str, Any]] = {
     "ranges only": {"pipeline": "light", "bn_tuning": False, "solver": "none"},
@@ -65,12 +65,12 @@ class Calibration(ResNet20):
     """The study of the calibrate road."""
 
     def calibrated(self, budget: Any = None, **settings: Any) -> list[dict[str, Any]]:
-        """Calibrate and test: one row per budget."""
+        """Calibrate and test; return a row per budget."""
         results = anybit.calibrate(self.network(), self.train, budget, cache=False, **settings)
         return [self.row(result) for result in (results if isinstance(results, list) else [results])]
 
     def timed(self, **settings: Any) -> dict[str, Any]:
-        """Calibrate and test, with the processor time of calibration."""
+        """Calibrate and test; add the processor time of calibration."""
         begin = time.process_time()
         result = anybit.calibrate(self.network(), self.train, cache=False, **settings)
         seconds = time.process_time() - begin
@@ -87,7 +87,7 @@ class Calibration(ResNet20):
 
 
 def fixed(weight_bits: int, activation_bits: int) -> dict[str, Any]:
-    """One precision everywhere except in the first and last layer."""
+    """Return the settings of one precision for all layers but the first and the last."""
     return {"weight_bits": (weight_bits,), "activation_bits": (activation_bits,), "keep": ENDS}
 
 
@@ -176,7 +176,7 @@ def small_sets(study: Calibration) -> None:
 
 
 def random_schemes(network: ObservedNetwork, bits: float, count: int) -> Iterator[Scheme]:
-    """Schemes at A8 with random weight bits whose mean is at most 0.1 below `bits`."""
+    """Draw schemes at A8 with random weight bits, on average at most `bits` and at most 0.1 below."""
     generator = random.Random(0)
     while count:
         tilt = generator.uniform(0.2, 3)

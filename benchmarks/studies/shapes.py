@@ -1,4 +1,4 @@
-"""Networks of well-known shapes with random weights, for speed, size and exactness; none is trained."""
+"""Networks of well-known shapes with random weights, to measure speed, size and exactness; none is trained."""
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
 
 
 class Bert(nn.Sequential):
-    """The encoder of BERT-base on embedded words [N, 128, 768]; attention itself stays float."""
+    """The encoder of BERT-base on embedded tokens [N, 128, 768]; attention itself stays float."""
 
     def __init__(self):
         super().__init__(*(Encoder(768, 12) for _ in range(12)))
@@ -124,7 +124,7 @@ def bert_base() -> nn.Module:
 
 
 def linears_4096() -> nn.Module:
-    """Three square linears: for one row at a time, the time is that of reading their weights."""
+    """Create three square linear layers; at one row at a time, their time is that of reading the weights."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096)).eval()
 
@@ -142,7 +142,7 @@ def mobilenet_v2() -> nn.Module:
 
 
 def _random(network: nn.Module) -> nn.Module:
-    """Set batch norms as training would: random statistics and factors."""
+    """Set weights and batch norms as training might: random factors, and the statistics of noise."""
     generator = torch.Generator().manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -150,7 +150,7 @@ def _random(network: nn.Module) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.weight.data.uniform_(0.5, 1.0, generator=generator)
             module.bias.data.normal_(0, 0.1, generator=generator)
-    with torch.no_grad():  # statistics of noise: activations keep their scale at any depth
+    with torch.no_grad():  # so that activations keep their scale at any depth
         network.train()
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):

@@ -1,4 +1,4 @@
-"""Shared by the studies: one JSON entry per run, and the common arguments."""
+"""The JSON entries and the common arguments of all studies."""
 
 import argparse
 import base64
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Entries:
-    """The JSON file of one study, one entry per run; finished entries are skipped. The environment includes `packages`."""
+    """The JSON file of a study, one entry per run; finished entries are skipped. Its environment includes the versions of `packages`."""
 
     def __init__(self, arguments: argparse.Namespace, name: str, *packages: str):
         self.arguments = arguments
@@ -42,7 +42,7 @@ class Entries:
 
 
 def narrated(key: str) -> AbstractContextManager[None]:
-    """Print each event's line after the entry's key, inside the block."""
+    """Inside the block, print each event's line after the entry's key."""
     return listening(events=lambda _, fields: print(key, fields["note"], flush=True) if "note" in fields else None)
 
 
@@ -52,10 +52,10 @@ def packed_hits(right: np.ndarray) -> str:
 
 
 def parser(description: str | None, studies: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """The common arguments of studies; with `studies`, a choice of them."""
+    """Create the common arguments of studies; with `studies`, also a choice among them."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if studies:
         options.add_argument("study", choices=list(studies))
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    options.add_argument("--only", help="run the entries whose key contains this")
+    options.add_argument("--only", help="run only the entries whose key contains this text")
     return options

@@ -1,20 +1,20 @@
-"""ResNet-20 on CIFAR-10 with the train-once road. One JSON entry per run; finished runs are skipped, interrupted ones resume.
+"""ResNet-20 on CIFAR-10 with the train-once road. One JSON entry per run; finished entries are skipped, interrupted runs resume.
 
     python -m benchmarks.studies.train_once_resnet20 STUDY --data cifar10.npz --weights resnet20_cifar10.safetensors [--epochs 8]
                                                            [--images N] [--batch-size 256] [--device cuda]
 
-    widths       one supernet of 2, 3, 4, 6 and 8 bits by each label rule, its 8-bit store against float weights; a network trained for each
-                 bit-width alone, with as many epochs in total; calibrate at each bit-width; the float network by the same recipe
+    widths       a supernet of 2, 3, 4, 6 and 8 bits by each label rule, and its 8-bit file against float weights; a network trained for
+                 each bit-width alone, with as many epochs in total; calibrate at each bit-width; the float network by the same recipe
     choices      supernets by each label rule, and that of the adaptive label (half) with one thing changed: a batch norm for each
-                 bit-width, steps per layer, trained zero points, other middle networks
-    search       Monte-Carlo table, uniform draws and integer program on one supernet, at 150 evaluations each; a second budget
+                 bit-width, a step size per layer, trained zero points, other middle subnets
+    search       Monte-Carlo table, uniform draws and integer program on one supernet, with 150 evaluations each; time for a second budget
     compose      subnets polished by calibrate
     cost         one LRH step against three steps of quantization-aware training
     full         200 epochs as published; needs a GPU
 
-The CPU tier (8 epochs, from trained weights) takes hours on two cores; with `--images 12800` it trains on a quarter of the images, in a
-separate JSON; `choices --images 6400 --batch-size 64 --epochs 4 --bn-images 1024 --test-once` takes a quarter of an
-hour per run. Drops are relative to the float network trained by the same recipe.
+The default of 8 epochs from trained weights takes hours on two cores; `--images 12800` trains on a quarter of the images and writes to
+a separate JSON file; `choices --images 6400 --batch-size 64 --epochs 4 --bn-images 1024 --test-once` takes 15
+minutes per run. Drops are relative to the float network trained by the same recipe.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class TrainingOnce(ResNet20):
         return self.arguments.runs / f"{key.replace(' ', '_').replace(',', '')}{self.part}"
 
     def trained(self, key: str, **settings: Any) -> dict[str, Any]:
-        """Call anybit.train and test at every bit-width; the folder stays for the search."""
+        """Call anybit.train and test at every bit-width; the folder is kept for the search."""
         options = self.arguments
         defaults = {"bits": BITS, "keep": KEEP, "epochs": options.epochs, "held_out": options.held_out, "bn_images": options.bn_images}
         defaults |= {"half": self.half, "batch_size": options.batch_size, **RECIPE}
@@ -87,8 +87,8 @@ class TrainingOnce(ResNet20):
         return {name: report[name] for name in fields if name in report} | {"competition": self.competition(supernet), "bytes": size}
 
     def competition(self, supernet: Supernet) -> dict[str, Any]:
-        """Measure, as the paper does, the norm of each bit-width's gradient on the shared weights under one-hot labels, and how
-        confidence (the softmax of the correct class) varies, on 1,024 training images."""
+        """Measure, as the paper does, the norm of each bit-width's gradient on the shared weights under one-hot labels, and the
+        variance of the confidence (the softmax of the correct class), on 1,024 training images."""
         batches = list(watched_batches(self.train, 1))[:4]
         rows = {}
         for name, scheme in uniform_schemes(supernet).items():
@@ -115,7 +115,7 @@ def widths(study: TrainingOnce) -> None:
         for seed in range(study.seeds):
             key = f"{name} seed {seed}"
             study.measured(key, lambda key=key, settings=settings, seed=seed: study.trained(key, seed=seed, **settings))
-    # One step of the supernet runs three networks: the total of epochs is equal, shared among the bit-widths.
+    # A step of the supernet runs three networks: these runs have as many epochs in total, divided among the bit-widths.
     share = round(3 * study.arguments.epochs / len(BITS))
     for bits in BITS:
         key = f"alone {bits} bits"
@@ -125,7 +125,7 @@ def widths(study: TrainingOnce) -> None:
 
 
 def alone(study: TrainingOnce, key: str, precision: Precision, epochs: int) -> dict[str, Any]:
-    """A network trained for one bit-width (or in float) with learned step sizes, on the samples of the supernets."""
+    """Train a network for one bit-width (or in float) with learned step sizes, on the samples of the supernets."""
     scheme = Scheme.uniform(study.names, precision)
     if precision != FLOAT:
         scheme = scheme.replace(KEEP)
@@ -140,7 +140,7 @@ def alone(study: TrainingOnce, key: str, precision: Precision, epochs: int) -> d
 
 
 def calibrated(study: TrainingOnce, bits: int) -> dict[str, Any]:
-    """The calibrate road at one bit-width, on 1,024 training images."""
+    """Calibrate at one bit-width, on 1,024 training images."""
     result = anybit.calibrate(
         study.network(), study.train, None, weight_bits=(bits,), activation_bits=(bits,), keep=KEEP, mirror=True, cache=False
     )
@@ -174,7 +174,7 @@ def search(study: TrainingOnce) -> None:
 
 
 def searched(study: TrainingOnce, run: Path, strategy: str, seed: int) -> dict[str, Any]:
-    """One search, and its front on the whole test set."""
+    """Search once, and score the front on the whole test set."""
     cache = study.arguments.checkpoints / f"evaluations_{run.name}_{seed}"
     common = {
         "images": study.arguments.search_images,
@@ -194,14 +194,14 @@ def searched(study: TrainingOnce, run: Path, strategy: str, seed: int) -> dict[s
 
 
 def compose(study: TrainingOnce) -> None:
-    """Uniform subnets from the file, unchanged and polished."""
+    """Compare uniform subnets from the file, unchanged and polished."""
     supernet = anybit.load_supernet(study.folder(study.arguments.supernet), model=study.network())
     for bits in (2, 3, 4):
         study.measured(f"{bits} bits", lambda bits=bits: polished(study, supernet, bits))
 
 
 def polished(study: TrainingOnce, supernet: Supernet, bits: int) -> dict[str, Any]:
-    """The subnet unchanged, and after sequential AdaQuant, batch-norm and bias tuning towards the shared weights' outputs."""
+    """Score the subnet unchanged, and after sequential AdaQuant, batch-norm and bias tuning towards the shared weights' outputs."""
     plain = anybit.extract(supernet, scheme=supernet.uniform(bits), test=study.test)
     settings = {"data": study.train, "test": study.test, "mirror": True, "cache": False}
     polish = anybit.extract(supernet, scheme=supernet.uniform(bits), polish=True, **settings)
@@ -209,7 +209,7 @@ def polished(study: TrainingOnce, supernet: Supernet, bits: int) -> dict[str, An
 
 
 def cost(study: TrainingOnce) -> None:
-    """Alternate LRH steps and triples of quantization-aware steps, so that other load affects both equally."""
+    """Time LRH steps and triples of quantization-aware steps alternately, so that other load affects both equally."""
     batch = next(study.train.on(study.arguments.device).batches(256))
     plain, settings = [Batch(batch.inputs)], SupernetSettings.of(bits=BITS, keep=KEEP, label="adaptive")
     device = study.arguments.device
@@ -243,7 +243,7 @@ def cost(study: TrainingOnce) -> None:
 
 
 def full(study: TrainingOnce) -> None:
-    """The published length: 200 epochs, 2, 4, 6 and 8 bits."""
+    """Run the published length: 200 epochs, 2, 4, 6 and 8 bits."""
     for name in ("adaptive label, half", "teacher", "one-hot"):
         key = f"{name}, 200 epochs"
         study.measured(key, lambda key=key, name=name: study.trained(key, bits=(2, 4, 6, 8), epochs=200, held_out=0.02, **LABELS[name]))
@@ -258,10 +258,10 @@ def main() -> None:
     options.set_defaults(runs=ROOT / "runs" / "train_once")
     options.add_argument("--supernet", default="one-hot seed 0", help="the entry of `widths` that is searched")
     options.add_argument("--evaluations", type=int, default=150)
-    options.add_argument("--held-out", type=float, default=0.1, help="share of the images that is kept for the search")
+    options.add_argument("--held-out", type=float, default=0.1, help="share of the images that is held out for the search")
     options.add_argument("--bn-images", type=int, default=4096)
-    options.add_argument("--search-images", type=int, default=2500, help="of those held out, that a subnet is measured on")
-    options.add_argument("--search-bn-images", type=int, help="that batch norm is estimated on for each of them; left out, --bn-images")
+    options.add_argument("--search-images", type=int, default=2500, help="held-out images that each subnet is measured on")
+    options.add_argument("--search-bn-images", type=int, help="images for each subnet's batch-norm statistics; default: --bn-images")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     STUDIES[arguments.study](TrainingOnce(arguments))

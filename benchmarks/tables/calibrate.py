@@ -12,19 +12,19 @@ PRECISIONS = ("W4A8", "W4A4", "W3A3", "W2A4", "W2A2")
 FLOAT_TOP1 = 91.73
 """The float ResNet-20's accuracy on the test set of CIFAR-10, in percent."""
 
-AIMS = {"W4A8": 91.7, "W4A4": 91.4, "W3A3": 90.3, "W2A4": 89.8, "W2A2": 86.5}
+TARGETS = {"W4A8": 91.7, "W4A4": 91.4, "W3A3": 90.3, "W2A4": 89.8, "W2A2": 86.5}
 
 
 VARIANTS = {
-    "": "300 steps, mirror images",
-    "long": "1,000 steps, mirror images, dropping 0.5",
-    "1000 steps": "1,000 steps, mirror images",
-    "parallel first": "300 steps, mirror images, parallel AdaQuant before",
+    "": "300 steps, mirrored images",
+    "long": "1,000 steps, mirrored images, `drop` 0.5",
+    "1000 steps": "1,000 steps, mirrored images",
+    "parallel first": "300 steps, mirrored images, after parallel AdaQuant",
 }
 
 
 def uniform_runs(precision: str, variant: str = "") -> list[dict[str, Any]]:
-    """One run per seed."""
+    """Return one run per seed."""
     runs = {key.rpartition("seed")[0] or key: [] for key in entries("resnet20_uniform")}
     for key, run in entries("resnet20_uniform").items():
         runs[key.rpartition("seed")[0] or key].append(run)
@@ -38,8 +38,8 @@ def uniform_section() -> str:
             if matching := uniform_runs(precision, variant):
                 seconds = statistics.mean(run["seconds"] for run in matching)
                 accuracy = spread([run["top1"] for run in matching])
-                rows.append([precision, words, accuracy, str(len(matching)), f"{AIMS[precision]}", f"{seconds:.0f} s"])
-    return table(["precision", "settings", "top-1, mean (range)", "seeds", "aim", "time"], rows)
+                rows.append([precision, words, accuracy, str(len(matching)), f"{TARGETS[precision]}", f"{seconds:.0f} s"])
+    return table(["precision", "settings", "top-1, mean (range)", "seeds", "target", "time"], rows)
 
 
 def ladder_section() -> str:
@@ -57,7 +57,7 @@ def ladder_section() -> str:
 
 
 def solver_section() -> str:
-    """The solver compared with rounding to nearest in one run: accuracy, and the ratio of processor times."""
+    """Compare the solver with rounding to nearest in one run: accuracy, and the ratio of processor times."""
     runs = entries("resnet20_solver")
     rows = []
     for key in dict.fromkeys(key.rpartition(" ")[0] for key in runs):
@@ -71,7 +71,7 @@ def solver_section() -> str:
 
 
 def roundings_section() -> str:
-    """Each rounding compared with AdaQuant: accuracy, and the ratio of processor times."""
+    """Compare each rounding with AdaQuant: accuracy, and the ratio of processor times."""
     runs = entries("resnet20_roundings")
     rows = []
     for key, run in runs.items():
@@ -115,7 +115,7 @@ def _sensitivity_seconds(run: dict[str, Any]) -> float:
 
 
 def mixed_runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(budget, activations) -> one run per seed."""
+    """Return (budget, activations) -> one run per seed."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for key, run in entries("resnet20_mixed").items():
         for row in run.get("rows", []):
@@ -124,7 +124,7 @@ def mixed_runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
 
 
 def uniform_8bit_input_runs() -> dict[str, list[dict[str, Any]]]:
-    """Precision -> one run per seed, with every layer at W3A8 or W4A8, including first and last."""
+    """Return precision -> one run per seed, for the runs with every layer, including first and last, at W3A8 or W4A8."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for key, run in entries("resnet20_mixed").items():
         kind, *words = key.split(" ")
@@ -193,7 +193,7 @@ def small_section() -> str:
 
 
 def scatter_schemes() -> list[dict[str, Any]]:
-    """Schemes with their predicted and measured loss."""
+    """Read the schemes with their predicted and measured loss."""
     return next((run["rows"] for run in entries("resnet20_scatter").values()), [])
 
 
@@ -219,8 +219,8 @@ def scatter_section() -> str:
                 ]
             )
     text = table(["schemes", "count", "bits of the best", "its predicted loss", "its measured loss", "median measured loss"], lines)
-    picture = "![Predicted against measured loss](allocation.svg)"
-    return f"{text}\n\n{picture}\n\nRank correlation of predicted and measured loss over all {len(rows)}: {rank:.2f}."
+    figure = "![Predicted against measured loss](allocation.svg)"
+    return f"{text}\n\n{figure}\n\nRank correlation of predicted and measured loss over all {len(rows)}: {rank:.2f}."
 
 
 def speed_section() -> str:

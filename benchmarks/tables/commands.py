@@ -7,7 +7,7 @@ from benchmarks.tables.shared import entries, table
 
 
 def commands_section() -> str:
-    """One row per network and command: seconds in both trees, their ratio within rounds, and the counts."""
+    """Write a row per network and command: seconds in both trees, their ratio within rounds, and the counts."""
     rows = [
         [
             network,
@@ -37,7 +37,7 @@ def ratio(of: Mapping[str, float]) -> str:
 
 
 def changed(counts: Mapping[str, Mapping[str, Any]], kind: str) -> str:
-    """Write "36 to 1", or one number where nothing has changed."""
+    """Write "36 to 1", or one number if nothing has changed."""
     before, after = (counts[side][kind] for side in ("before", "after"))
     return f"{before}" if before == after else f"{before} to {after}"
 

@@ -9,13 +9,13 @@ NAMES = {
     "resnet18": "ResNet-18",
     "resnet50": "ResNet-50",
     "mobilenet_v2": "MobileNetV2",
-    "bert_base": "BERT-base encoder, 128 words",
+    "bert_base": "BERT-base encoder, 128 tokens",
     "resnet20": "ResNet-20, 32 x 32",
 }
 
 
 def faster(run: Mapping[str, Any], runtime: str = "onnxruntime") -> str:
-    """ "3.31 (3.28 to 3.35)" """
+    """Write "3.31 (3.28 to 3.35)"."""
     if runtime not in run:
         return ""
     speed = run[runtime]["faster"]
@@ -81,9 +81,9 @@ def exact_section() -> str:
         return NOT_RUN
     exact = [key for key, run in runs.items() if run["bitwise"]]
     networks = {key.rpartition(" seed")[0] for key in runs}
-    text = f"{len(exact)} of {len(runs)} random mixed schemes of {len(networks)} small networks, 64 inputs each, bit for bit."
+    text = f"{len(exact)} of {len(runs)} random mixed schemes of {len(networks)} small networks are equal bit for bit, on 64 inputs each."
     other = [f"{key}: {run['largest_difference']:.3g}" for key, run in runs.items() if not run["bitwise"]]
-    return text + (f" Not so: {'; '.join(other)}." if other else "")
+    return text + (f" The others differ by: {'; '.join(other)}." if other else "")
 
 
 def accuracy_section() -> str:
@@ -120,7 +120,7 @@ def saturation_section() -> str:
 
 
 def latency_section() -> str:
-    """One row per network and share of float layers: predicted and measured relative to float32, minimum and maximum over schemes."""
+    """Write a row per network and share of float layers: predicted and measured time over float32's, minimum and maximum over schemes."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for key, run in entries("export_latency").items():
         name, _, scheme = key.partition(" ")

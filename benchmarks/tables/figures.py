@@ -11,11 +11,11 @@ from benchmarks.tables.calibrate import FLOAT_TOP1, mixed_runs, scatter_schemes,
 from benchmarks.tables.grow import choices
 
 Runs = Mapping[str, Sequence[dict[str, Any]]]
-"""Runs by budget or precision, one for each seed."""
+"""Runs by budget or precision, one per seed."""
 
 
 def figures() -> dict[str, str]:
-    """Draw every figure whose study has been run: file name in docs/ -> its text."""
+    """Draw every figure whose study has been run; return file name in docs/ -> SVG text."""
     drawn = {}
     if schemes := scatter_schemes():
         drawn["allocation.svg"] = scatter_figure(schemes)
@@ -27,7 +27,7 @@ def figures() -> dict[str, str]:
 
 
 def svg(width: float, height: float, parts: Sequence[str]) -> str:
-    """An image of this size with a white background."""
+    """Write an image of this size with a white background."""
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     body = "\n".join(['<rect width="100%" height="100%" fill="white"/>', *parts])
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'

@@ -40,13 +40,13 @@ def methods_section() -> str:
                 )
     if not rows:
         return NOT_RUN
-    head = f"Float, trained as long by the same recipe: {spread(floats)}.\n\n" if floats else ""
+    head = f"The float network, trained as long by the same recipe: {spread(floats)}.\n\n" if floats else ""
     columns = ["activations", "method", "top-1, mean (range)", "below float", "bits per weight", "planes per layer (paper's count)", "size"]
     return head + table(columns, rows)
 
 
 def growing_section() -> str:
-    """The methods that grow a scheme in a short run, beside uniform training."""
+    """Compare the methods that grow a scheme, in a short run, with uniform training."""
     runs = entries("grow_resnet20_growing_3200")
     uniform, rows = runs.get("LSQ W3 seed 0"), []
     for key, run in runs.items():
@@ -69,13 +69,13 @@ def growing_section() -> str:
 
 
 def tried_section() -> str:
-    """Earlier settings; each entry's JSON has them all."""
+    """List earlier settings; each entry's JSON has all of them."""
     rows = [[key, f"{run['top1']:.2f}"] for key, run in entries("grow_resnet20_tried").items()]
     return table(["one run each", "top-1"], rows)
 
 
 def choices() -> dict[str, Any]:
-    """Runs by their kinds of gates."""
+    """Return the runs by their kinds of gates."""
     return dict(sorted(entries("grow_resnet20_choices_3200").items()))
 
 
@@ -91,10 +91,10 @@ def choices_section() -> str:
     text = table(
         [
             "gates",
-            "bits per weight from gates alone",
-            "soft then",
-            "frozen then",
-            "loss then",
+            "bits per weight before fixing",
+            "soft, before fixing",
+            "frozen, before fixing",
+            "loss, before fixing",
             "soft, 3 bits",
             "frozen",
             "frozen, all images",
@@ -106,7 +106,7 @@ def choices_section() -> str:
 
 
 def agreement_section() -> str:
-    """Whether layers that calibrate finds sensitive get more bits in grown schemes."""
+    """Show whether layers that calibrate finds sensitive get more bits in grown schemes."""
     runs, after, rows = entries("grow_resnet20_methods"), entries("grow_resnet20_agreement"), []
     for key, run in runs.items():
         if not key.startswith("CSQ "):
@@ -124,7 +124,7 @@ def agreement_section() -> str:
             if "3bit" not in key:
                 alike = "not run at this budget"
             else:
-                alike = _ranked(bits, other) if len(set(other)) > 1 else "it chose a uniform scheme"
+                alike = _ranked(bits, other) if len(set(other)) > 1 else "calibrate chose a uniform scheme"
             rows.append([key, _ranked(bits, sensitivity), later, alike])
     columns = ["run", "rank correlation of its bits with W3 sensitivity before", "with W2 sensitivity after", "with calibrate's bits"]
     return table(columns, rows)
@@ -135,7 +135,7 @@ def _ranked(bits: list[int], others: list[float]) -> str:
 
 
 def borders_section() -> str:
-    """Accuracy of the float network by the images on which its statistics were estimated."""
+    """List the accuracy of the float network by the images on which its statistics were estimated."""
     rows = [[words, f"{run['top1']:.2f}"] for words, run in entries("grow_resnet20_borders").items()]
     return table(["statistics of batch norm from", "top-1"], rows) if rows else NOT_RUN
 
@@ -147,7 +147,10 @@ def cost_section() -> str:
         for name, kind in run.items()
         if isinstance(kind, dict)
     ]
-    return table(["step of", "time, float is 1 (median of rounds)", "bytes trained per weight", "bytes kept for backward per weight"], rows)
+    return table(
+        ["step of", "time relative to float (median of rounds)", "bytes trained per weight", "bytes kept for the backward pass per weight"],
+        rows,
+    )
 
 
 def scratch_section() -> str:

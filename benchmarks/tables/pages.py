@@ -1,4 +1,4 @@
-"""All generated files of the docs, in memory: to write, or to compare with the committed ones."""
+"""Generate all files of the docs in memory, to write them or to compare them with the committed ones."""
 
 import re
 from itertools import zip_longest
@@ -14,11 +14,11 @@ SECTIONS = {
 }
 
 TEMPLATES = ("results", "networks")
-"""Pages of the docs that are filled in: docs/NAME.in.md becomes docs/NAME.md."""
+"""Pages of the docs with generated sections: docs/NAME.in.md becomes docs/NAME.md."""
 
 
 def pages() -> dict[Path, str]:
-    """Fill in tables and figures: file, relative to the repository -> its text."""
+    """Fill in tables and figures; return file, relative to the repository -> text."""
     docs, readme = Path("docs"), (ROOT / "README.md").read_text()
     filled = {docs / f"{name}.md": with_sections((ROOT / docs / f"{name}.in.md").read_text()) for name in TEMPLATES}
     filled[Path("README.md")] = with_headline(readme, readme_section())
@@ -29,7 +29,9 @@ def with_sections(template: str) -> str:
     """Replace each `<!-- NAME -->` by a section."""
     names = re.findall(r"<!-- ([A-Z]+) -->", template)
     if unknown := sorted(set(names) - set(SECTIONS)):
-        raise ValueError(f"A page names sections that benchmarks/tables does not make: {', '.join(unknown)}")
+        raise ValueError(
+            f"A page names sections that benchmarks/tables does not generate: {', '.join(unknown)}. Correct the name in docs/*.in.md."
+        )
     return re.sub(r"<!-- ([A-Z]+) -->", lambda place: SECTIONS[place[1]](), template)
 
 

@@ -10,7 +10,7 @@ RESNET, LITE0, MINILM = "ResNet-20, CIFAR-10", "EfficientNet-lite0, ImageNet-lik
 
 
 def readme_section() -> str:
-    """Write six rows, two per network and one per pair at a loss of accuracy, and a line on the networks that work."""
+    """Write two rows per network, the second at a loss of accuracy, and a line on the networks that work."""
     rows = []
     for budget in ("4bit", "2.5bit"):
         if runs := mixed_runs().get((budget, "A8")):

@@ -1,4 +1,4 @@
-"""Shared by the tables: reading the JSON in benchmarks/results, and writing its numbers as Markdown."""
+"""Read the JSON in benchmarks/results and write its numbers as Markdown; shared by all tables."""
 
 import base64
 import json
@@ -43,7 +43,7 @@ def hits(right: str, count: int = 10_000) -> np.ndarray:
 
 
 def paired_interval(a: str, b: str, count: int = 10_000) -> str:
-    """Write the mean difference in points of two runs on the first `count` test images, with its 95 % interval."""
+    """Write the mean difference of two runs on the first `count` test images, in points, with its 95 % interval."""
     difference = 100 * (hits(a, count) - hits(b, count))
     half = 1.96 * difference.std() / math.sqrt(len(difference))
     return f"{difference.mean():+.2f} ({difference.mean() - half:+.2f} to {difference.mean() + half:+.2f})"

@@ -47,14 +47,14 @@ def sentences_section() -> str:
 
 
 def text_ladder_section() -> str:
-    """Losses after each step on held-out training sentences, and whether the step was kept."""
+    """Tabulate the loss after each step on held-out training sentences, and whether the step was undone."""
     runs = {key: run for file in ("minilm_uniform", "minilm_mixed") for key, run in entries(file).items()}
     runs |= {f"STS-B, {key}": run for key, run in entries("minilm_embeddings").items()}
     steps = list(dict.fromkeys(row["step"] for run in runs.values() for row in run["ladder"]))
     rows = []
     for key, run in runs.items():
         ladder = {row["step"]: row for row in run["ladder"]}
-        cells = [f"{ladder[step]['loss']:.4f}{'' if ladder[step]['kept'] else ' (left)'}" if step in ladder else "" for step in steps]
+        cells = [f"{ladder[step]['loss']:.4f}{'' if ladder[step]['kept'] else ' (undone)'}" if step in ladder else "" for step in steps]
         rows.append([key, *cells])
     return table(["scheme", *steps], rows)
 
@@ -115,7 +115,7 @@ def text_roads_section() -> str:
 
 
 def decoder_section() -> str:
-    """Weight-only, for all weights and for the linears, compared with a peer's GPTQ on the same blocks."""
+    """Tabulate all layers: weights only, and with 8-bit activations."""
     runs = entries("decoder_methods")
     rows = [_decoder_row(key, run) for key, run in runs.items()] + [_decoder_row(k, r) for k, r in entries("decoder_matmuls").items()]
     return table(["all layers", "perplexity", "KL to float", "file"], _once(rows))

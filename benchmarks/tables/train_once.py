@@ -15,7 +15,7 @@ SUPERNETS = ((ALL, ""), (QUARTER, ", 12,800 images"))
 
 
 def widths_section(name: str = ALL) -> str:
-    """Accuracy at each bit-width and, where the float network was trained by the same recipe, the difference from it."""
+    """Tabulate accuracy at each bit-width and, where the float network was trained by the same recipe, the difference from it."""
     runs = entries(name)
     supernets = [key for key in runs if "competition" in runs[key]]
     reference = runs["float"]["top1"] if "float" in runs else None
@@ -23,11 +23,15 @@ def widths_section(name: str = ALL) -> str:
     for rule in dict.fromkeys(key.rpartition(" seed")[0] for key in supernets):
         accuracies = [[runs[key]["test"][f"{bits} bits"]["top1"] for bits in WIDTHS] for key in supernets if key.startswith(f"{rule} seed")]
         rows.append([f"one supernet, {rule}", *(_beside(list(column), reference) for column in zip(*accuracies, strict=True))])
-    for words, pattern in (("a network for each, as many epochs in all", "alone {} bits"), ("calibrate at each", "calibrate {} bits")):
+    for words, pattern in (("a network for each, as many epochs in total", "alone {} bits"), ("calibrate at each", "calibrate {} bits")):
         alone = [[runs[key]["top1"]] if (key := pattern.format(bits)) in runs else [] for bits in WIDTHS]
         if any(alone):
             rows.append([words, *(_beside(one, reference) for one in alone)])
-    head = "" if reference is None else f"Float, trained as long by the same recipe: {reference:.2f}; in brackets how far from it.\n\n"
+    head = (
+        ""
+        if reference is None
+        else f"The float network, trained as long by the same recipe: {reference:.2f}; differences from it in brackets.\n\n"
+    )
     return head + table(["network", *(f"{bits} bits" for bits in WIDTHS)], rows)
 
 
@@ -38,7 +42,7 @@ def _beside(accuracies: list[float], reference: float | None) -> str:
 
 
 def competition_section() -> str:
-    """At the end of training: gradients of one-hot labels on the shared weights, and the variance of confidence, both from the paper."""
+    """Tabulate the paper's measures at the end of training: gradients of one-hot labels on the shared weights, variance of confidence."""
     runs = {f"{key}{of}": run for name, of in SUPERNETS for key, run in entries(name).items() if "competition" in run}
     rows = []
     for key, run in runs.items():
@@ -75,22 +79,22 @@ def search_section() -> str:
         "strategy",
         "evaluations",
         "rank correlation (Kendall)",
-        "hypervolume, measured again",
-        "on the test images",
+        "area (hypervolume), measured again",
+        "area, test images",
         *(f"{most:g} bits" for most in BUDGETS),
-        "another budget",
+        "time for another budget",
     ]
     best = max(runs.values(), key=lambda run: run["hypervolume"]["value"])
     schemes = [[f"{row['cost']:.2f}", *(f"{row[kind]:.2f}" for kind in ("score", "measured")), f"{row['test']['top1']:.2f}", row["origin"]]
                for row in best["front"]]  # fmt: skip
     front = table(["bits per weight", "searched on", "measured again", "test images", "proposed by"], schemes)
     corner = f"Areas are left of {cost:.2f} bits per weight and above {score:.2f} % of held-out images, {tested:.2f} % of test images. "
-    corner += "The columns of bits give top-1 on test images of the best subnet within those bits, as measured again."
+    corner += "The columns of bits give the test top-1 of the best subnet within those bits; the best is chosen by its second measurement."
     return "\n\n".join((table(columns, rows), corner, "Front of the run with the largest area:", front))
 
 
 def _area(points: list[tuple[float, float]], cost: float, score: float) -> float:
-    """Area dominated by the points, above `score` and left of `cost`."""
+    """Compute the area dominated by the points, above `score` and left of `cost`."""
     area, right = 0.0, cost
     for at, _ in sorted(points, reverse=True):
         height = max(other for cheaper, other in points if cheaper <= at)

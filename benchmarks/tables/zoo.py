@@ -1,4 +1,4 @@
-"""docs/networks.md: public networks, each from `inspect` to a file that has run."""
+"""The sections of docs/networks.md: public networks, each from `inspect` to a file that has run."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +13,7 @@ PRECISIONS = ("W8A8", "W4A8")
 COVERED = 0.95
 """Share of the weights that counts as covered."""
 APART = 0.5
-"""Decibels that a file may be below its simulation."""
+"""Decibels by which a file may be below its simulation."""
 
 
 def of_library(library: str) -> dict[str, Entry]:
@@ -27,13 +27,13 @@ def went_through(entry: Entry) -> bool:
 
 
 def apart(entry: Entry) -> float | None:
-    """Decibels of the W8A8 file below its simulation; None without a file."""
+    """Return by how many decibels the W8A8 file is below its simulation; None without a file."""
     run = entry.get("W8A8", {})
     return run["simulation_db"] - run["file_db"] if "file_db" in run else None
 
 
 def slow(entry: Entry) -> bool:
-    """Whether `inspect` takes longer than 20 float passes and 10 s."""
+    """Return whether `inspect` takes longer than 20 float passes plus 10 s."""
     return entry["seconds"].get("inspect", 0) > 20 * entry.get("pass_seconds", 0) + 10
 
 
@@ -61,9 +61,9 @@ def summary_section() -> str:
 
 
 def networks_section(library: str) -> str:
-    """One row per network: coverage, integer computation, quality, and the first failure."""
+    """Write a row per network: coverage, share computed on integers, quality, and the first failure."""
     rows = [row_of(name, entry) for name, entry in of_library(library).items()]
-    columns = ["network", "weights covered", "products on integers", "simulated, dB", "file, dB"]
+    columns = ["network", "weights covered", "multiply-accumulates on integers", "simulated, dB", "file, dB"]
     return table([*columns, "simulated, dB, W4A8", "file, dB, W4A8", "seconds", "inspect, passes", "first failure"], rows)
 
 
@@ -94,7 +94,7 @@ def failure_of(entry: Entry, most: int = 160) -> str:
 
 
 def uncovered_section() -> str:
-    """Networks with incomplete coverage, and their uncovered parts."""
+    """List the networks with incomplete coverage, and their uncovered parts."""
     rows = []
     for library in LIBRARIES:
         for name, entry in of_library(library).items():

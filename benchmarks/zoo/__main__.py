@@ -2,9 +2,9 @@
 
     python -m benchmarks.zoo [PATTERN ...] --images FOLDER [--steps inspect] [--retry] [--stale]
 
-Each network passes `inspect`, `calibrate --pipeline light` at W8A8 and W4A8, `export`, `verify` and a run of the file, in its own
-process with limits on time and memory, one thread. Weights are random but lively (lively.py), images real (--images; else
-scikit-learn's digits), texts of different lengths. An entry has the first failure, and whether it is an AnybitError or a crash.
+Each network goes through `inspect`, `calibrate --pipeline light` at W8A8 and W4A8, `export`, `verify` and a run of the file, in its own
+process, on one thread and with limits on time and memory. Weights are random, without constants (lively.py); images are real (--images, or
+scikit-learn's digits); texts differ in length. An entry records failures, and whether each is an AnybitError or a crash.
 """
 
 import argparse
@@ -36,13 +36,13 @@ NETWORKS: dict[str, ZooNetwork] = {
     for name, network in table.NETWORKS.items()
 }
 WAITING = 4
-"""Limit of the elapsed time, as a multiple of the processor's."""
+"""Limit of the elapsed time, as a multiple of the limit on processor time."""
 
 PACKAGES = ("torchvision", "timm", "transformers", "onnx", "onnxruntime", "onnxscript")
 
 
 def child(name: str, source: Source, all_steps: bool, limits: tuple[int, int], file: str) -> None:
-    """Run one network's steps in this process; write the state to `file` after each. `limits` are processor seconds and bytes."""
+    """Run one network's steps in this process; write its entry to `file` after each. `limits` are processor seconds and bytes."""
     from benchmarks.zoo.steps import run_steps
 
     os.setsid()  # so that its child processes can be ended with it
@@ -78,13 +78,13 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         ended |= process.exitcode == -signal.SIGXCPU
         entry = json.loads(file.read_text()) if file.is_file() else {"seconds": {}, "failures": [], "running": "build"}
     if (running := entry.pop("running", None)) is not None:
-        why = f"no end within {arguments.limit} s of the processor" if ended else f"the process ended with {process.exitcode}"
+        why = f"no end within {arguments.limit} s of processor time" if ended else f"the process ended with exit status {process.exitcode}"
         entry["failures"].append({"step": running, "kind": "limit" if ended else "crash", "class": "", "message": why, "place": ""})
     return entry | {"seed": arguments.seed, "code": code_version()[:12]}
 
 
 def chosen(arguments: argparse.Namespace) -> list[str]:
-    """The networks that match a pattern, in the order of the patterns; all without patterns."""
+    """Return the networks that match a pattern, in the order of the patterns; without patterns, all."""
     patterns = [name if "*" in name or name in NETWORKS else f"*{name}*" for name in arguments.patterns] or ["*"]
     return list(dict.fromkeys(name for pattern in patterns for name in fnmatch.filter(NETWORKS, pattern)))
 
@@ -108,15 +108,15 @@ def preload() -> None:
 
 
 def main() -> None:
-    """Run entries that are not yet in the results."""
+    """Run the networks that are not yet in the results."""
     options = parser(__doc__)
     options.add_argument("patterns", nargs="*", help="parts of names, or shell patterns: torchvision:*, *bert*")
-    options.add_argument("--images", type=Path, help="a folder of pictures; without it scikit-learn's digits, upsampled")
+    options.add_argument("--images", type=Path, help="a folder of images; without it, scikit-learn's digits, upsampled")
     options.add_argument("--steps", choices=("all", "inspect"), default="all")
-    options.add_argument("--retry", action="store_true", help="run those again that failed")
-    options.add_argument("--stale", action="store_true", help="run those again that other code of anybit has run")
-    options.add_argument("--limit", type=int, default=240, help="processor seconds of a network, at most")
-    options.add_argument("--memory", type=int, default=12, help="GiB of addresses of a network's process, at most")
+    options.add_argument("--retry", action="store_true", help="rerun networks that failed")
+    options.add_argument("--stale", action="store_true", help="rerun networks that were measured with other code of anybit")
+    options.add_argument("--limit", type=int, default=240, help="limit of processor seconds per network")
+    options.add_argument("--memory", type=int, default=12, help="limit of address space per network, in GiB")
     options.add_argument("--seed", type=int, default=0)
     arguments = options.parse_args()
     torch.set_num_threads(1)
@@ -139,7 +139,7 @@ def outcome(entry: Mapping[str, Any]) -> str:
     """Describe the result in a line."""
     failure = entry["failures"][0] if entry["failures"] else None
     if failure is None:
-        return "went through"
+        return "passed all steps"
     return f"{failure['step']}: {failure['kind']}: {failure['class']}: {failure['message'][:200]} [{failure['place']}]"
 
 

@@ -1,4 +1,4 @@
-"""Inputs of the zoo: real images and clips, token sequences of different lengths, sounds; in the form that a loader gives."""
+"""Inputs of the zoo, as a DataLoader gives them: real images and clips, token sequences of different lengths, sounds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +23,13 @@ class Source:
     images: Path | None = None
     seed: int = 0
 
-    def pictures(self, count: int, size: int) -> Tensor:
-        """Return real pictures, normalized: float [count, 3, size, size]."""
+    def normalized_images(self, count: int, size: int) -> Tensor:
+        """Return real images, normalized: float [count, 3, size, size]."""
         if self.images is None:
             return _digits(count, size)
         folder = ImageFolder(self.images, Preprocessing(MEAN, STD, size=size, resize=size))
-        places = torch.linspace(0, len(folder) - 1, count).long().tolist()
-        items = [folder[place] for place in places]
+        indices = torch.linspace(0, len(folder) - 1, count).long().tolist()
+        items = [folder[index] for index in indices]
         return torch.stack([item[0] if folder.labelled else item for item in items])
 
     def generator(self) -> torch.Generator:
@@ -39,25 +39,25 @@ class Source:
 def _digits(count: int, size: int) -> Tensor:
     from sklearn.datasets import load_digits
 
-    scans = torch.from_numpy(load_digits().images[: 3 * count]).float().reshape(count, 3, 8, 8) / 16  # one per colour
-    pictures = interpolate(scans, (size, size), mode="bilinear")
-    return (pictures - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    scans = torch.from_numpy(load_digits().images[: 3 * count]).float().reshape(count, 3, 8, 8) / 16  # one per colour channel
+    images = interpolate(scans, (size, size), mode="bilinear")
+    return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Describe the inputs of a network.
 
-    keyword    name of the pictures' argument; None: they are given by place
-    second     name of another picture's argument: the same, moved by two pixels
-    size       pixels of a picture's side; 0: no pictures
-    frames     of a clip [3, frames, size, size] (or, with `frames_first`, [frames, 3, size, size]); 0: a still picture
-    channels   of a picture, where not 3
-    vocabulary tokens from 5 on are drawn below it; 0: no text;   padding  the padding's token
-    shortest, longest  tokens of a text; padded on the right, with a mask of what is real
-    decoder    tokens of a decoder's input, 0: none
-    sounds     numbers of a waveform at most, with a mask; 0: none
-    spectrum   (bins, frames) of a spectrogram's shape
+    keyword    name of the images' argument; None: images are a positional argument
+    second     name of a second image's argument: the same image, shifted by two pixels
+    size       side of an image in pixels; 0: no images
+    frames     number of frames of a clip [3, frames, size, size] (with `frames_first`, [frames, 3, size, size]); 0: a single image
+    channels   channels of an image
+    vocabulary number of tokens; those from 5 on are drawn; 0: no text;   padding  the padding token
+    shortest, longest  length of a text in tokens; padded on the right, with a mask
+    decoder    length of a decoder's input in tokens; 0: none
+    sounds     greatest length of a waveform; 0: none;   masked  whether lengths differ and come with a mask
+    spectrum   shape of a spectrogram (bins, frames)
     more       other arguments: name -> a tensor, the same for every sample
     """
 
@@ -79,14 +79,14 @@ class Inputs:
     more: Mapping[str, Tensor] = field(default_factory=dict)
 
     def loader(self, source: Source, count: int = 16) -> DataLoader:
-        """Draw `count` samples, loaded as the libraries' own examples load them: sequences are padded to a batch's longest."""
+        """Draw `count` samples and load them as the libraries' own examples do: sequences are padded to the longest of a batch."""
         items = self._items(source, count)
         if not isinstance(items[0], dict):
             return DataLoader(items, batch_size=8)
         return DataLoader(items, batch_size=8, collate_fn=self.padded)
 
     def padded(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Make a batch of items, padding sequences to the longest."""
+        """Collate items into a batch, padding sequences to the longest."""
         fill = {"input_ids": self.padding}
         return {
             key: torch.nn.utils.rnn.pad_sequence([item[key] for item in items], batch_first=True, padding_value=fill.get(key, 0))
@@ -97,25 +97,25 @@ class Inputs:
         if self.keyword is None and self.size:
             return list(self._views(source, count))
         generator = source.generator()
-        columns = {**self._pictures(source, count), **self._texts(generator, count), **self._sounds(generator, count)}
+        columns = {**self._images(source, count), **self._texts(generator, count), **self._sounds(generator, count)}
         columns |= {name: [value] * count for name, value in self.more.items()}
         return [{name: values[index] for name, values in columns.items()} for index in range(count)]
 
-    def _pictures(self, source: Source, count: int) -> dict[str, Any]:
+    def _images(self, source: Source, count: int) -> dict[str, Any]:
         if not self.size:
             return {}
         views = self._views(source, count)
         return {str(self.keyword): views} | ({self.second: views.roll((2, 2), (-2, -1))} if self.second else {})
 
     def _views(self, source: Source, count: int) -> Tensor:
-        pictures = source.pictures(count, self.size)
-        pictures = pictures.mean(1, keepdim=True) if self.channels == 1 else pictures
+        images = source.normalized_images(count, self.size)
+        images = images.mean(1, keepdim=True) if self.channels == 1 else images
         if not self.frames:
-            return pictures
-        return torch.stack([pictures.roll(2 * shift, -1) for shift in range(self.frames)], 1 if self.frames_first else 2)
+            return images
+        return torch.stack([images.roll(2 * shift, -1) for shift in range(self.frames)], 1 if self.frames_first else 2)
 
     def _texts(self, generator: torch.Generator, count: int) -> dict[str, Any]:
-        """Tokens distributed like words: the probability of a token falls with its rank."""
+        """Draw tokens distributed like words: the probability of a token falls with its rank."""
         texts: dict[str, Any] = {}
         weights = 1 / torch.arange(1.0, max(self.vocabulary - 5, 0) + 1)
         if self.vocabulary:
@@ -129,7 +129,7 @@ class Inputs:
         return texts
 
     def _sounds(self, generator: torch.Generator, count: int) -> dict[str, Any]:
-        """Fading chords with noise."""
+        """Draw fading chords with noise, as waveforms or as their spectrograms."""
         sounds: dict[str, Any] = {}
         if self.sounds:
             shortest = self.sounds // 2 if self.masked else self.sounds
@@ -147,13 +147,13 @@ class Inputs:
 
 
 def _chord(length: int, generator: torch.Generator) -> Tensor:
-    places = torch.arange(length) / 16000
+    seconds = torch.arange(length) / 16000
     tones = 100 * 2 ** (5 * torch.rand(4, 1, generator=generator))
-    wave = (torch.sin(2 * torch.pi * tones * places) * torch.exp(-20 * torch.rand(4, 1, generator=generator) * places)).sum(0)
+    wave = (torch.sin(2 * torch.pi * tones * seconds) * torch.exp(-20 * torch.rand(4, 1, generator=generator) * seconds)).sum(0)
     wave = wave + 0.05 * torch.randn(length, generator=generator)
     return (wave - wave.mean()) / wave.std()
 
 
-def pictures(size: int, **more: Any) -> Inputs:
-    """Return real images, normalized: float [count, 3, size, size]."""
+def images(size: int, **more: Any) -> Inputs:
+    """Describe inputs that are images of this size, given by position."""
     return Inputs(size=size, **more)

@@ -1,11 +1,11 @@
-"""Random weights that hide nothing: scales and shifts of norms differ by channel, running statistics are those of real inputs.
+"""Random weights that hide no error: scales and shifts of norms differ by channel, and running statistics are those of real inputs.
 
-A constructor leaves gammas at one, shifts, position tables and layer scales at zero: a fold that forgets one of them, or a channel that is
-scaled wrongly, would not show. Matrices keep the constructor's values, unless these are so small that a block adds next to nothing.
+Constructors leave gammas at one, and shifts, position tables and layer scales at zero: a fold that forgets one of them, or a channel that
+is scaled wrongly, would not show. Matrices keep the constructor's values, unless these are so small that a block adds next to nothing.
 
-Shifts of batch norms are about as large as what they shift. Around zero, each norm and activation makes what differs between two inputs
-larger, and a deep chain of them turns float32's own rounding into noise, as no trained network does (measured with noise of 0.1 % on every
-layer's output: at the output 8,000 times as much of Inception-v4, 180 of MobileNetV2; so 49 and 5).
+Shifts of batch norms are about as large as the values that they shift. Around zero, each norm and activation would magnify the difference
+between two inputs, and a deep chain of them would turn float32's own rounding into noise, as in no trained network (measured with noise of
+0.1 % on every layer's output: at the network's output, 8,000 times as much for Inception-v4, 180 for MobileNetV2; with shifts, 49 and 5).
 """
 
 import math
@@ -21,7 +21,7 @@ from anybit.data.batches import call
 
 @torch.no_grad()
 def enliven(network: nn.Module, inputs: Any, seed: int) -> None:
-    """Randomize parameters that constructors leave constant, and set running statistics by a pass over `inputs`; changes `network`."""
+    """Randomize, in place, the parameters that constructors leave constant, and set running statistics by a pass over `inputs`."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         offset = "gemma" in type(module).__name__.lower()  # their norms scale by one plus the weight
@@ -55,7 +55,7 @@ def _lively(module: nn.Module, name: str, parameter: Tensor, generator: torch.Ge
 
 
 def _wide_enough(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """Scale up a matrix whose products are less than half as large as their inputs; word tables to half the scale of normalized ones."""
+    """Scale up a matrix whose products are less than half as large as their inputs, and a small embedding to a deviation of 0.5."""
     if isinstance(module, nn.Embedding):
         least = 0.5
     elif parameter.dim() >= 2 and "weight" in name:

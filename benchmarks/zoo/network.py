@@ -1,4 +1,4 @@
-"""An entry of the zoo: a network by name, its constructor and the inputs that it takes."""
+"""The type of a zoo entry, a constructor and the inputs that the network takes; and wrappers of some networks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,10 @@ from benchmarks.zoo.inputs import Inputs
 
 @dataclass(frozen=True)
 class ZooNetwork:
-    """build   the network with random weights, in evaluation mode; its library is imported here
-    inputs  what a sample of it is
+    """A network of the zoo.
+
+    build   creates it with random weights, in evaluation mode, and imports its library
+    inputs  describes its samples
     """
 
     build: Callable[[], nn.Module]
@@ -20,15 +22,15 @@ class ZooNetwork:
 
 
 class Heads(nn.Module):
-    """A torchvision detector up to its raw outputs; the rest is code on boxes."""
+    """A torchvision detector up to its raw outputs; the rest is code that processes boxes."""
 
     def __init__(self, detector: nn.Module):
         super().__init__()
         self.backbone = detector.backbone
         self.head = detector.head if hasattr(detector, "head") else detector.rpn.head
 
-    def forward(self, pictures: torch.Tensor):
-        return self.head(list(self.backbone(pictures).values()))
+    def forward(self, images: torch.Tensor):
+        return self.head(list(self.backbone(images).values()))
 
 
 class RegionHeads(Heads):
@@ -38,8 +40,8 @@ class RegionHeads(Heads):
         super().__init__(detector)
         self.box_head, self.box_predictor = detector.roi_heads.box_head, detector.roi_heads.box_predictor
 
-    def forward(self, pictures: torch.Tensor):
-        features = list(self.backbone(pictures).values())
+    def forward(self, images: torch.Tensor):
+        features = list(self.backbone(images).values())
         region = nn.functional.adaptive_avg_pool2d(features[0], 7)
         return self.head(features), self.box_predictor(self.box_head(region))
 

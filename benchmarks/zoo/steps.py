@@ -1,4 +1,4 @@
-"""The steps of one network, each timed; a failure is recorded with its kind: rejected by anybit, or crashed."""
+"""The steps of one network, each timed; a failure is recorded with its kind: refused by anybit, or crashed."""
 
 import math
 import re
@@ -28,7 +28,7 @@ PRECISIONS = {"W8A8": (8, 8), "W4A8": (4, 8)}
 
 @dataclass
 class Progress:
-    """The state of a network so far; `keep` writes it, so that a process that is ended leaves its results."""
+    """The results of a network so far; `keep` writes them, so that a killed process leaves them."""
 
     keep: Callable[[Mapping[str, Any]], None]
     entry: dict[str, Any] = field(default_factory=lambda: {"seconds": {}, "failures": []})
@@ -52,7 +52,7 @@ class Progress:
 
 
 class Stopped(Exception):
-    """A step has failed, so that later ones cannot run."""
+    """A step has failed, so later ones cannot run."""
 
 
 def described(error: Exception) -> dict[str, str]:
@@ -65,7 +65,7 @@ def described(error: Exception) -> dict[str, str]:
 
 
 def run_steps(network: ZooNetwork, source: Source, all_steps: bool, keep: Callable[[Mapping[str, Any]], None]) -> None:
-    """Run a network's steps."""
+    """Run a network's steps, up to the first failure that prevents the next."""
     progress = Progress(keep)
     try:
         with progress.step("build"):
@@ -88,7 +88,7 @@ def run_steps(network: ZooNetwork, source: Source, all_steps: bool, keep: Callab
                 quantize(subject, precision, progress)
             except Stopped:
                 if progress.entry["failures"][-1]["step"].startswith(("calibrate", "export")):
-                    return  # it is the same at other bits
+                    return  # the other precision would fail alike
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ class Reference:
         return cls(batches, [floats(model, batch) for batch in batches])
 
     def facts(self, model: nn.Module) -> dict[str, Any]:
-        """Size, multiply-accumulates of a sample, seconds of a pass over two samples (as `inspect` observes), size of the outputs and the
-        share of it that differs between samples."""
+        """Measure the size, multiply-accumulates of a sample, seconds of a pass over two samples (as many as `inspect` observes), the
+        magnitude of the outputs and the share of it that differs between samples."""
         two = self.batches[0].head(2)
         passes, start = 0, time.process_time()
-        while passes < 3 or time.process_time() - start < 0.1:  # under a limit of time, the clock ticks every few milliseconds
+        while passes < 3 or time.process_time() - start < 0.1:  # under a time limit, the process clock ticks only every few milliseconds
             floats(model, two)
             passes += 1
         pass_seconds = (time.process_time() - start) / passes
@@ -116,7 +116,7 @@ class Reference:
         energies = [float(one.double().square().mean()) for one in self.outputs[0]]
         varied = [float((one - one.mean(0)).double().square().mean()) for one in self.outputs[0]]
         if not all(map(math.isfinite, energies)) or min(energies) == 0:
-            raise ValueError(f"the outputs' mean squares are {energies}: random weights that are no fair test")
+            raise ValueError(f"The outputs' mean squares are {energies}: these random weights are no fair test.")
         return {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "macs": counter.get_total_flops() // 4,
@@ -126,7 +126,7 @@ class Reference:
         }
 
     def decibels(self, outputs: Sequence[Sequence[Tensor]]) -> float:
-        """Signal to noise of `outputs`, all outputs of a network weighted equally."""
+        """Return the signal-to-noise ratio of `outputs` in decibels; all outputs of a network are weighted equally."""
         noise = []
         for index in range(len(self.outputs[0])):
             signal = torch.cat([one[index].flatten() for one in self.outputs]).double()
@@ -148,7 +148,7 @@ def float_outputs(outputs: Sequence[Tensor], batch: Batch) -> list[Tensor]:
 
 
 def coverage(model: nn.Module, report: Mapping[str, Any]) -> dict[str, Any]:
-    """The covered share of all parameters that are not vectors; and the uncovered ones by reason."""
+    """Return the covered share of all parameters that are not vectors, and the uncovered layers by reason."""
     matrices = [one for one in model.parameters() if sum(size > 1 for size in one.shape) > 1]
     modules = dict(model.named_modules())
     covered = {}
@@ -169,7 +169,7 @@ def coverage(model: nn.Module, report: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A network with its data, float outputs, report of `inspect`, and a folder for files."""
+    """A network with its data, float outputs, the report of `inspect`, and a folder for files."""
 
     model: nn.Module
     loader: DataLoader
@@ -179,7 +179,7 @@ class Subject:
 
 
 def quantize(subject: Subject, precision: str, progress: Progress) -> None:
-    """Run a network from `calibrate` at one precision to an executed file."""
+    """Calibrate a network at one precision, export and verify it, and run the file."""
     model, reference, entry = subject.model, subject.reference, progress.entry[precision]
     weight_bits, activation_bits = PRECISIONS[precision]
     run, file = subject.folder / precision, subject.folder / f"{precision}.onnx"

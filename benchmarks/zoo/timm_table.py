@@ -1,11 +1,11 @@
-"""Networks of timm: name -> the network."""
+"""Networks of timm, by name."""
 
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from benchmarks.zoo.inputs import pictures
+from benchmarks.zoo.inputs import images
 from benchmarks.zoo.network import ZooNetwork
 
 CONVOLUTIONAL = """
@@ -18,18 +18,18 @@ CONVOLUTIONAL = """
     resnetv2_50 resnetv2_50x1_bit rexnet_100 selecsls42 seresnet18 skresnet18 spnasnet_100 starnet_s1 tf_efficientnet_b0 tinynet_e
     xception41
 """
-"""Networks of convolutions, which take pictures of 96 x 96"""
+"""Convolutional networks, with images of 96 x 96 pixels."""
 
 Case = tuple[int, dict[str, Any]]
 
 
 def any_size(size: int, **arguments: Any) -> Case:
-    """Image size for a network that takes any, or its own; and constructor arguments that make it small."""
+    """Return the image size for a network that takes any size (or only its default), and constructor arguments that reduce it."""
     return size, arguments
 
 
 def of_size(size: int, **arguments: Any) -> Case:
-    """Like `any_size`, for a network that requires one image size."""
+    """Return the same for a network whose constructor takes the image size."""
     return size, {"img_size": size, **arguments}
 
 
@@ -88,7 +88,7 @@ OTHERS: dict[str, Case] = {
     "volo_d1_224": of_size(64),
     "xcit_nano_12_p16_224": of_size(64),
 }
-"""Networks with attention or mixing"""
+"""Networks with attention or mixing."""
 
 
 def build(name: str, **arguments: Any) -> nn.Module:
@@ -98,6 +98,6 @@ def build(name: str, **arguments: Any) -> nn.Module:
     return timm.create_model(name, pretrained=False, **arguments).eval()
 
 
-NETWORKS: dict[str, ZooNetwork] = {name: ZooNetwork(partial(build, name), pictures(96)) for name in CONVOLUTIONAL.split()} | {
-    name: ZooNetwork(partial(build, name, **arguments), pictures(size)) for name, (size, arguments) in OTHERS.items()
+NETWORKS: dict[str, ZooNetwork] = {name: ZooNetwork(partial(build, name), images(96)) for name in CONVOLUTIONAL.split()} | {
+    name: ZooNetwork(partial(build, name, **arguments), images(size)) for name, (size, arguments) in OTHERS.items()
 }

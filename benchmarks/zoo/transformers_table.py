@@ -1,4 +1,4 @@
-"""Networks of transformers in small configurations: name of the class -> the network."""
+"""Networks of transformers in small configurations, by the name of their class."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,14 +13,22 @@ from benchmarks.zoo.network import ZooNetwork
 Settings = Mapping[str, Any]
 
 TEXT = Inputs(vocabulary=199)
-PICTURE = Inputs(keyword="pixel_values", size=64)
+IMAGE = Inputs(keyword="pixel_values", size=64)
 WORDS = {"vocab_size": 200, "pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 2}
-PLACES = {"max_position_embeddings": 64}
+POSITIONS = {"max_position_embeddings": 64}
 WIDTH = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-ENCODER = {**WORDS, **PLACES, **WIDTH}
+ENCODER = {**WORDS, **POSITIONS, **WIDTH}
 DECODER = {**ENCODER, "num_key_value_heads": 2, "use_cache": False}
 CALLED_D = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-SEQUENCES = {**WORDS, **PLACES, **CALLED_D, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "use_cache": False, "decoder_start_token_id": 2}
+SEQUENCES = {
+    **WORDS,
+    **POSITIONS,
+    **CALLED_D,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "use_cache": False,
+    "decoder_start_token_id": 2,
+}
 PATCHES = {**WIDTH, "image_size": 64, "patch_size": 16}
 STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 64, 128]}
 SOUNDS = {
@@ -46,7 +54,7 @@ def build(name: str, configuration: str, settings: Settings) -> nn.Module:
 
 
 def entries(prefix: str, heads: str, settings: Settings, inputs: Inputs, configuration: str | None = None) -> dict[str, ZooNetwork]:
-    """Create an entry for each of the heads (suffixes of class names) of one family."""
+    """Create an entry for each head (a suffix of class names) of one family."""
     make: Callable[[str], ZooNetwork] = lambda name: ZooNetwork(  # noqa: E731
         partial(build, name, configuration or f"{prefix}Config", settings), inputs
     )
@@ -58,7 +66,7 @@ ONE = "ForSequenceClassification"
 CAUSAL = "ForCausalLM"
 PADDED_BY_ONE = replace(TEXT, padding=1)
 ROBERTA = {**ENCODER, "pad_token_id": 1}
-DISTIL = {**WORDS, **PLACES, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128}
+DISTIL = {**WORDS, **POSITIONS, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128}
 DEBERTA = {**ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
 
 ENCODERS = {
@@ -83,13 +91,13 @@ ENCODERS = {
     **entries("Funnel", ONE, {**WORDS, "block_sizes": [1, 1], "d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 128}, TEXT),
     **entries("XLNet", ONE, {**WORDS, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}, TEXT),
     **entries("Esm", "ForMaskedLM", {**ROBERTA, "mask_token_id": 4}, PADDED_BY_ONE),
-    **entries("Canine", ONE, {**WIDTH, "num_hash_buckets": 64, "local_transformer_stride": 16, **PLACES, "pad_token_id": 0}, TEXT),
+    **entries("Canine", ONE, {**WIDTH, "num_hash_buckets": 64, "local_transformer_stride": 16, **POSITIONS, "pad_token_id": 0}, TEXT),
     **entries("Longformer", ONE, {**ROBERTA, "attention_window": 8}, PADDED_BY_ONE),
     **entries("BigBird", ONE, {**ENCODER, "attention_type": "original_full"}, TEXT),
     **entries("LayoutLM", ONE, ENCODER, TEXT),
     **entries("NomicBert", ONE, ENCODER, TEXT),
 }
-"""Encoders of texts; `FOUR` heads of those that are named by the measure, one of others"""
+"""Text encoders: the most common with `FOUR` heads, the others with one."""
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GPT2 = {**WORDS, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "use_cache": False}
@@ -113,7 +121,7 @@ DECODERS = {
     **entries("GptOss", CAUSAL, {**DECODER, **EXPERTS, "head_dim": 16, "sliding_window": 16}, TEXT),
     **entries("GPTNeoX", CAUSAL, DECODER, TEXT),
     **entries("GPTNeo", CAUSAL, {
-        **WORDS, **PLACES, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+        **WORDS, **POSITIONS, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
         "use_cache": False,
     }, TEXT),
     **entries("GPTJ", CAUSAL, {**GPT2, "rotary_dim": 8}, TEXT),
@@ -127,7 +135,7 @@ DECODERS = {
     **entries("Starcoder2", CAUSAL, DECODER, TEXT),
     **entries("Mamba", CAUSAL, {**WORDS, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "use_cache": False}, TEXT),
 }  # fmt: skip
-"""Decoders of texts"""
+"""Text decoders."""
 
 ENCODED = replace(TEXT, decoder=6)
 T5 = {**WORDS, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "use_cache": False, "decoder_start_token_id": 0}
@@ -143,7 +151,7 @@ SEQUENCE_TO_SEQUENCE = {
     **entries("M2M100", "ForConditionalGeneration", SEQUENCES, ENCODED),
     **entries("MT5", "ForConditionalGeneration", T5, ENCODED),
 }
-"""Encoders and decoders of texts"""
+"""Text encoder-decoders."""
 
 CLASSES = "ForImageClassification"
 SWIN = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [1, 1, 2], "num_heads": [1, 2, 4], "window_size": 4}
@@ -159,69 +167,69 @@ DINOV2 = ("Dinov2Config", {
 })  # fmt: skip
 
 VISION = {
-    **entries("ViT", CLASSES + " Model", PATCHES, PICTURE),
-    **entries("DeiT", CLASSES, PATCHES, PICTURE),
-    **entries("Swin", CLASSES, SWIN, PICTURE),
-    **entries("Swinv2", CLASSES, SWIN, PICTURE),
-    **entries("ConvNext", CLASSES, STAGES, PICTURE),
-    **entries("ConvNextV2", CLASSES, STAGES, PICTURE),
-    **entries("Segformer", CLASSES + " ForSemanticSegmentation", SEGFORMER, PICTURE),
-    **entries("Yolos", "ForObjectDetection", {**PATCHES, "image_size": [64, 64], "num_detection_tokens": 10}, PICTURE),
-    **entries("Detr", "ForObjectDetection", DETR, PICTURE),
-    **entries("Beit", CLASSES, PATCHES, PICTURE),
-    **entries("Dinov2", CLASSES, {**WIDTH, "image_size": 56, "patch_size": 14}, replace(PICTURE, size=56)),
-    **entries("ResNet", CLASSES, RESNET, PICTURE),
-    **entries("RegNet", CLASSES, {**RESNET, "layer_type": "y", "groups_width": 16}, PICTURE),
+    **entries("ViT", CLASSES + " Model", PATCHES, IMAGE),
+    **entries("DeiT", CLASSES, PATCHES, IMAGE),
+    **entries("Swin", CLASSES, SWIN, IMAGE),
+    **entries("Swinv2", CLASSES, SWIN, IMAGE),
+    **entries("ConvNext", CLASSES, STAGES, IMAGE),
+    **entries("ConvNextV2", CLASSES, STAGES, IMAGE),
+    **entries("Segformer", CLASSES + " ForSemanticSegmentation", SEGFORMER, IMAGE),
+    **entries("Yolos", "ForObjectDetection", {**PATCHES, "image_size": [64, 64], "num_detection_tokens": 10}, IMAGE),
+    **entries("Detr", "ForObjectDetection", DETR, IMAGE),
+    **entries("Beit", CLASSES, PATCHES, IMAGE),
+    **entries("Dinov2", CLASSES, {**WIDTH, "image_size": 56, "patch_size": 14}, replace(IMAGE, size=56)),
+    **entries("ResNet", CLASSES, RESNET, IMAGE),
+    **entries("RegNet", CLASSES, {**RESNET, "layer_type": "y", "groups_width": 16}, IMAGE),
     **entries("Bit", CLASSES, {
         "hidden_sizes": [64, 64, 128, 128], "embedding_size": 32, "depths": [1, 1, 1, 1], "num_groups": 8,
-    }, PICTURE),
-    **entries("MobileNetV1", CLASSES, {"depth_multiplier": 0.25, "image_size": 64}, PICTURE),
-    **entries("MobileNetV2", CLASSES, {"depth_multiplier": 0.35, "image_size": 64}, PICTURE),
+    }, IMAGE),
+    **entries("MobileNetV1", CLASSES, {"depth_multiplier": 0.25, "image_size": 64}, IMAGE),
+    **entries("MobileNetV2", CLASSES, {"depth_multiplier": 0.35, "image_size": 64}, IMAGE),
     **entries("MobileViT", CLASSES, {
         "image_size": 64, "hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 24, 32, 48, 64, 96],
-    }, PICTURE),
-    **entries("MobileViTV2", CLASSES, {"image_size": 64, "width_multiplier": 0.25}, PICTURE),
-    **entries("PoolFormer", CLASSES, STAGES, PICTURE),
-    **entries("PvtV2", CLASSES, {"image_size": 64, "hidden_sizes": [16, 32, 80, 128], "depths": [1, 1, 1, 1]}, PICTURE),
+    }, IMAGE),
+    **entries("MobileViTV2", CLASSES, {"image_size": 64, "width_multiplier": 0.25}, IMAGE),
+    **entries("PoolFormer", CLASSES, STAGES, IMAGE),
+    **entries("PvtV2", CLASSES, {"image_size": 64, "hidden_sizes": [16, 32, 80, 128], "depths": [1, 1, 1, 1]}, IMAGE),
     **entries("Levit", CLASSES, {
         "image_size": 64, "hidden_sizes": [64, 96, 128], "depths": [1, 1, 1], "num_attention_heads": [2, 3, 4], "key_dim": [16, 16, 16],
-    }, PICTURE),
-    **entries("EfficientNet", CLASSES, {"image_size": 64, "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}, PICTURE),
-    **entries("FocalNet", CLASSES, {"image_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1]}, PICTURE),
+    }, IMAGE),
+    **entries("EfficientNet", CLASSES, {"image_size": 64, "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}, IMAGE),
+    **entries("FocalNet", CLASSES, {"image_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1]}, IMAGE),
     **entries("Hiera", CLASSES, {
         "image_size": [64, 64], "embed_dim": 32, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8],
-    }, PICTURE),
+    }, IMAGE),
     **entries("DepthAnything", "ForDepthEstimation", {
         "backbone_config": DINOV2, "reassemble_hidden_size": 64, "patch_size": 14, "neck_hidden_sizes": [16, 32],
         "reassemble_factors": [2, 1], "fusion_hidden_size": 16, "head_hidden_size": 16,
-    }, replace(PICTURE, size=56)),
-    **entries("ConditionalDetr", "ForObjectDetection", DETR, PICTURE),
+    }, replace(IMAGE, size=56)),
+    **entries("ConditionalDetr", "ForObjectDetection", DETR, IMAGE),
     **entries("RTDetr", "ForObjectDetection", {
         "d_model": 64, "encoder_hidden_dim": 64, "encoder_in_channels": [32, 64, 128], "decoder_in_channels": [64, 64, 64],
         "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "decoder_layers": 2, "num_queries": 10, "encoder_attention_heads": 4,
         "decoder_attention_heads": 4,
         "backbone_config": ("RTDetrResNetConfig", {**RESNET, "out_features": ["stage2", "stage3", "stage4"]}),
-    }, PICTURE),
-    **entries("ViTMSN", CLASSES, PATCHES, PICTURE),
-    **entries("GLPN", "ForDepthEstimation", {**STAGES, "num_attention_heads": [1, 2, 4, 8], "decoder_hidden_size": 16}, PICTURE),
+    }, IMAGE),
+    **entries("ViTMSN", CLASSES, PATCHES, IMAGE),
+    **entries("GLPN", "ForDepthEstimation", {**STAGES, "num_attention_heads": [1, 2, 4, 8], "decoder_hidden_size": 16}, IMAGE),
 }  # fmt: skip
-"""Networks for pictures"""
+"""Networks for images."""
 
 BOTH = replace(TEXT, keyword="pixel_values", size=64)
-CLIP_TEXT, CLIP_PICTURE = {**ENCODER, "projection_dim": 32}, {**PATCHES, "projection_dim": 32}
-CLIP = {"text_config": CLIP_TEXT, "vision_config": CLIP_PICTURE, "projection_dim": 32}
+CLIP_TEXT, CLIP_IMAGE = {**ENCODER, "projection_dim": 32}, {**PATCHES, "projection_dim": 32}
+CLIP = {"text_config": CLIP_TEXT, "vision_config": CLIP_IMAGE, "projection_dim": 32}
 SIGLIP = {"text_config": {**ENCODER, "projection_size": 64}, "vision_config": PATCHES}
-OF_ONE_LENGTH = replace(TEXT, shortest=14, longest=14)
+EQUAL_LENGTH = replace(TEXT, shortest=14, longest=14)
 SPECTRUM = Inputs(spectrum=(80, 100), decoder=6)
 AST = {**WIDTH, "patch_size": 16, "max_length": 64, "num_mel_bins": 32}
 
-SEVERAL_SENSES = {
+MULTIMODAL = {
     **entries("CLIP", "Model", CLIP, BOTH),
     **entries("CLIP", "TextModelWithProjection", CLIP_TEXT, TEXT, "CLIPTextConfig"),
-    **entries("CLIP", "VisionModelWithProjection", CLIP_PICTURE, PICTURE, "CLIPVisionConfig"),
-    **entries("CLIP", CLASSES, CLIP, PICTURE),
-    **entries("Siglip", "Model", SIGLIP, replace(OF_ONE_LENGTH, keyword="pixel_values", size=64)),
-    **entries("Siglip", CLASSES, SIGLIP, PICTURE),
+    **entries("CLIP", "VisionModelWithProjection", CLIP_IMAGE, IMAGE, "CLIPVisionConfig"),
+    **entries("CLIP", CLASSES, CLIP, IMAGE),
+    **entries("Siglip", "Model", SIGLIP, replace(EQUAL_LENGTH, keyword="pixel_values", size=64)),
+    **entries("Siglip", CLASSES, SIGLIP, IMAGE),
     **entries("Vilt", "ForQuestionAnswering", {**ENCODER, **PATCHES, "max_image_length": -1, "num_labels": 10}, BOTH),
     **entries("Blip", "ForImageTextRetrieval", {
         "text_config": {**ENCODER, "encoder_hidden_size": 64}, "vision_config": PATCHES, "projection_dim": 32,
@@ -244,6 +252,6 @@ SEVERAL_SENSES = {
         "max_target_positions": 16,
     }, Inputs(spectrum=(100, 80), decoder=6)),
 }  # fmt: skip
-"""Texts with pictures, and sounds"""
+"""Networks for texts with images, and for sounds."""
 
-NETWORKS: dict[str, ZooNetwork] = {**ENCODERS, **DECODERS, **SEQUENCE_TO_SEQUENCE, **VISION, **SEVERAL_SENSES}
+NETWORKS: dict[str, ZooNetwork] = {**ENCODERS, **DECODERS, **SEQUENCE_TO_SEQUENCE, **VISION, **MULTIMODAL}
