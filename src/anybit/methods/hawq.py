@@ -14,7 +14,7 @@ Source: Dong, Yao, Arfeen, Gholami, Mahoney, Keutzer, "HAWQ-V2: Hessian Aware tr
   * The factor 1/2, which the paper drops, makes the estimate a loss, as the measured table holds: `total` predicts the scheme's.
   * E is the error of rounding to nearest, as published, whatever the candidates are. A solver's error is larger, but not random: it lies
     where the Hessian is small, which a mean trace cannot tell.
-  * 32 products for each batch (published: up to 50 in all).
+  * 16 products for each batch (published: up to 50 in all).
 """
 
 from collections import defaultdict
@@ -37,7 +37,7 @@ from anybit.numerics.ranges import weight_scale
 from anybit.progress import tell, track
 from anybit.scheme import FLOAT, Precision, Scheme
 
-PRODUCTS = 32
+PRODUCTS = 16
 """Products of the Hessian with random signs, for each batch."""
 SEED = 0
 
