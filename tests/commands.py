@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from networks import Chain, make, pictures
+from networks import Chain, images, make
 from typer.testing import CliRunner
 
 from anybit.cli.app import app
@@ -49,9 +49,9 @@ def one_json_object(text: str) -> dict:
 def write_inputs() -> None:
     """Write the model script and arrays of every kind to the working folder."""
     Path("m.py").write_text(SCRIPT)
-    x = pictures(24).numpy()
+    x = images(24).numpy()
     with torch.no_grad():
-        y = make(Chain)(pictures(24)).argmax(1).numpy()
+        y = make(Chain)(images(24)).argmax(1).numpy()
     np.savez("x.npz", x=x, y=y)
     np.savez("unlabelled.npz", x=x)
     np.savez("empty.npz", x=x[:0])

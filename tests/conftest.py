@@ -34,7 +34,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="session")
 def without_openvino():
-    """Hide openvino: its threads outlive it and end the process when a later test limits memory. Its own test uses another process."""
+    """Hide openvino: its threads outlive it and kill the process when a later test limits memory. Its own test uses another process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "openvino", None)
         yield
@@ -42,7 +42,7 @@ def without_openvino():
 
 @pytest.fixture(autouse=True, scope="session")
 def one_registry_of_operators():
-    """Let the exporter do once what it does for each network alike, most of the time of a small export."""
+    """Let the exporter do only once what it repeats for each network, which takes most of the time of a small export."""
     with pytest.MonkeyPatch.context() as patch:
         with suppress(ImportError, AttributeError):  # internals: without them tests are slower
             from torch._export import utils
@@ -58,7 +58,7 @@ def one_registry_of_operators():
 
 
 def without_annotations(py_impl):
-    """PyTorch's registration of kernels, called 12,000 times an export, without the evaluation of its annotations."""
+    """Return PyTorch's registration of kernels without the evaluation of annotations; an export calls it 12,000 times."""
 
     def register(operator, key):
         def registered(kernel):
@@ -101,7 +101,7 @@ class SharedGraphs(OrderedDict):
 
 @pytest.fixture(autouse=True, scope="session")
 def shared_graphs(tmp_path_factory):
-    """Export each network once in all worker processes. `tests/onnx/test_graphs.py`, which is about that, does without."""
+    """Export each network once in all worker processes, except in `tests/onnx/test_graphs.py`, which tests the cache."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
     folder.mkdir(exist_ok=True)
@@ -144,7 +144,7 @@ def own_threads():
 
 @pytest.fixture
 def full_disk():
-    """A block in which no file of this process can grow beyond 1 kB, as on a full disk."""
+    """Inside the block, limit every file of this process to 1 kB, as on a full disk."""
 
     @contextmanager
     def limited():
@@ -173,11 +173,11 @@ def quick():
 @pytest.fixture(scope="session")
 def calibrated():
     """One finished run, read only: (float model, its inputs, Result at 4 bits)."""
-    from networks import Residual, make, pictures
+    from networks import Residual, images, make
 
     import anybit
 
-    model, inputs = make(Residual), pictures(40)
+    model, inputs = make(Residual), images(40)
     return model, inputs, anybit.calibrate(model, inputs, "4bit", **QUICK)
 
 
@@ -200,7 +200,7 @@ def exported_file(calibrated, tmp_path_factory):
 
 @pytest.fixture
 def exported_run(exported_file, run_folder, calibrated, tmp_path):
-    """(run folder, its ONNX file, float model, its inputs); folder and file are this test's own."""
+    """(run folder, its ONNX file, float model, its inputs); this test may change folder and file."""
     model, data, _ = calibrated
     return run_folder, Path(shutil.copy(exported_file, tmp_path)), model, data
 

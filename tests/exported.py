@@ -83,19 +83,19 @@ class Asymmetric(nn.Module):
         return self.second(F.relu6(self.first(F.pad(x, (0, 1, 0, 1)))).relu())
 
 
-PICTURE, WORDS = (3, 12, 12), (7, 12)
+IMAGE, WORDS = (3, 12, 12), (7, 12)
 EXACT = {
-    "relu": (Activated, PICTURE),
-    "relu6": (lambda: Activated(F.relu6), PICTURE),
-    "silu": (lambda: Activated(F.silu), PICTURE),
-    "gelu": (lambda: Activated(F.gelu), PICTURE),
-    "hardswish": (lambda: Activated(F.hardswish), PICTURE),
-    "leaky relu": (lambda: Activated(F.leaky_relu), PICTURE),
-    "tanh": (lambda: Activated(torch.tanh), PICTURE),
-    "gated": (Gated, PICTURE),
-    "joined": (Joined, PICTURE),
+    "relu": (Activated, IMAGE),
+    "relu6": (lambda: Activated(F.relu6), IMAGE),
+    "silu": (lambda: Activated(F.silu), IMAGE),
+    "gelu": (lambda: Activated(F.gelu), IMAGE),
+    "hardswish": (lambda: Activated(F.hardswish), IMAGE),
+    "leaky relu": (lambda: Activated(F.leaky_relu), IMAGE),
+    "tanh": (lambda: Activated(torch.tanh), IMAGE),
+    "gated": (Gated, IMAGE),
+    "joined": (Joined, IMAGE),
     "mixed": (Mixed, WORDS),
-    "asymmetric": (Asymmetric, PICTURE),
+    "asymmetric": (Asymmetric, IMAGE),
 }
 """name -> (makes the network, shape of an input): all that the integer reference promises bit for bit."""
 
@@ -109,7 +109,7 @@ def random_precision(draw: random.Random) -> Precision:
 
 
 def canonical_of(model: nn.Module, batch: Batch, precision) -> Canonical:
-    """`model` rounded to nearest at `precision(layer)`, with edge ranges from `batch`, without a slower calibration."""
+    """Round `model` to nearest at `precision(layer)`, with edge ranges from `batch`; a calibration would be slower."""
     network = observe_network(model.eval(), batch, CalibrateSettings((8,), (8,)).options)
     ready = rounded_to_nearest(network, [batch], Scheme({name: precision(name) for name in network.names}))
     return finished(Canonical(ready, network.norms), network.wiring, [batch])

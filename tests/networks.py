@@ -134,8 +134,8 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.conv, self.linear, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(4, 6), nn.Linear(6, 5)
 
-    def forward(self, picture: Tensor, vector: Tensor) -> Tensor:
-        return self.fc(torch.relu(self.conv(picture).mean((2, 3)) + self.linear(vector)))
+    def forward(self, image: Tensor, vector: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.conv(image).mean((2, 3)) + self.linear(vector)))
 
 
 class Attention(nn.Module):
@@ -239,13 +239,13 @@ def numbers(*shape: int, seed: int = 1) -> Tensor:
 
 
 def matrices(model: nn.Module) -> set[str]:
-    """The names under which a matrix is covered or reported: the layer's, or the parameter's where its module is not a layer."""
+    """Return the names under which matrices are covered or reported: the layer's, or the parameter's if its module is not a layer."""
     keys = [key for key, parameter in model.named_parameters() if parameter.dim() > 1]
     owners = {key: model.get_submodule(key.rpartition(".")[0]) for key in keys}
     return {key.rpartition(".")[0] if isinstance(owners[key], COVERED) else key for key in keys}
 
 
-def pictures(count: int, seed: int = 1) -> Tensor:
+def images(count: int, seed: int = 1) -> Tensor:
     return numbers(count, 3, 8, 8, seed=seed)
 
 
@@ -255,18 +255,18 @@ def tokens(count: int, seed: int = 1) -> Tensor:
 
 # name -> (makes the network, makes `count` inputs for it): networks that anybit supports unchanged
 NETWORKS = {
-    "chain": (Chain, pictures),
-    "residual": (Residual, pictures),
-    "depthwise": (Depthwise, pictures),
-    "upsampling": (Upsampling, pictures),
+    "chain": (Chain, images),
+    "residual": (Residual, images),
+    "depthwise": (Depthwise, images),
+    "upsampling": (Upsampling, images),
     "signal": (Signal, lambda count: numbers(count, 2, 9)),
     "tokens": (Tokens, tokens),
-    "two inputs": (TwoInputs, lambda count: (pictures(count), numbers(count, 4))),
-    "named inputs": (TwoInputs, lambda count: {"vector": numbers(count, 4), "picture": pictures(count)}),
+    "two inputs": (TwoInputs, lambda count: (images(count), numbers(count, 4))),
+    "named inputs": (TwoInputs, lambda count: {"vector": numbers(count, 4), "image": images(count)}),
     "attention": (Attention, lambda count: numbers(count, 3, 4)),
-    "padded": (Padded, pictures),
-    "no batch norm": (NoBatchNorm, pictures),
-    "zero channel": (lambda: zero_channel(make(Chain)), pictures),
+    "padded": (Padded, images),
+    "no batch norm": (NoBatchNorm, images),
+    "zero channel": (lambda: zero_channel(make(Chain)), images),
     "windows": (Windows, lambda count: numbers(count, 3, 4)),
 }
 
@@ -295,7 +295,7 @@ def run(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def snapshot(model: nn.Module) -> tuple:
-    """Everything that must not change in a model that is only observed."""
+    """Return everything that must not change in a model that is only observed."""
     state = {key: (tensor.clone(), id(tensor)) for key, tensor in model.state_dict(keep_vars=True).items()}
     modules = [
         (name, type(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(module._modules))
@@ -313,7 +313,7 @@ def assert_untouched(model: nn.Module, before: tuple) -> None:
 
 
 class Odd(nn.Module):
-    """Named layers and a function of them, for one-line networks."""
+    """Named layers and a forward function, for networks of one line."""
 
     def __init__(self, function, **layers):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Runs a training in several processes."""
+"""Run a training in several processes."""
 
 import os
 import socket

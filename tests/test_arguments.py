@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Chain, make, pictures
+from networks import Chain, images, make
 
 import anybit
 from anybit.calls import DATA, OBJECTS
@@ -26,7 +26,7 @@ FUNCTIONS = {
 }
 ARGUMENTS = [(name, argument) for name, function in FUNCTIONS.items() for argument in inspect.signature(function).parameters]
 ARGUMENTS = [(name, argument) for name, argument in ARGUMENTS if argument not in ("self", "runs")]
-PAIR = (pictures(4), torch.arange(4))
+PAIR = (images(4), torch.arange(4))
 NEEDED = {
     "model": make(Chain), "data": PAIR, "train": PAIR, "run": "nowhere", "run2": "nowhere", "folder": "nowhere", "layer": "fc",
     "onnx": "nowhere.onnx", "output": "nowhere.html", "path": "nowhere.html", "budget": "4bit",
@@ -36,12 +36,12 @@ OTHERS = [b"4", object(), {4}, 3j, int, len]
 
 
 def types_in(kind) -> set:
-    """The types that a value may have, inside of optional types and unions."""
+    """Return the types that a value may have, inside optional types and unions."""
     return set().union(*map(types_in, typing.get_args(kind))) if typing.get_origin(kind) in UNIONS else {typing.get_origin(kind) or kind}
 
 
 def bad_values(function, argument: str) -> list:
-    """Values that an argument never takes, by its annotation."""
+    """Return values that an argument rejects, by its annotation."""
     parameter = inspect.signature(function).parameters[argument]
     kinds = types_in(parameter.annotation)
     none = [] if type(None) in kinds or parameter.default is None else [None]
@@ -99,18 +99,18 @@ def test_several_runs_of_a_report_are_checked():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: anybit.profile(make(Chain), pictures(4), keep={"6": 8}), "keep of '6': 8 must be a precision. Write keep={'6': 'W8A8'}."),
-        (lambda: anybit.profile(make(Chain), pictures(4), keep=True), "Write keep={'*': 'W8A8'}."),
-        (lambda: anybit.profile(make(Chain), pictures(4), keep=["fc", "conv1"]), "Write keep={'fc': 'W8A8', 'conv1': 'W8A8'}."),
-        (lambda: anybit.profile(make(Chain), pictures(4), overwrite="no"), "overwrite 'no' must be true or false. Write overwrite=False."),
+        (lambda: anybit.profile(make(Chain), images(4), keep={"6": 8}), "keep of '6': 8 must be a precision. Write keep={'6': 'W8A8'}."),
+        (lambda: anybit.profile(make(Chain), images(4), keep=True), "Write keep={'*': 'W8A8'}."),
+        (lambda: anybit.profile(make(Chain), images(4), keep=["fc", "conv1"]), "Write keep={'fc': 'W8A8', 'conv1': 'W8A8'}."),
+        (lambda: anybit.profile(make(Chain), images(4), overwrite="no"), "overwrite 'no' must be true or false. Write overwrite=False."),
         (lambda: anybit.export("run", "net.onnx", tables="yes"), "Write tables=True."),
-        (lambda: anybit.search("supernet", pictures(4), 4), 'Write "4bit" for bits per weight.'),
+        (lambda: anybit.search("supernet", images(4), 4), 'Write "4bit" for bits per weight.'),
         (lambda: anybit.extract("supernet", ["3bit", "4bit"]), "Give one budget, not several."),
-        (lambda: anybit.calibrate(make(Chain), lambda: pictures(4)), "is not data. Call it and give its result"),
+        (lambda: anybit.calibrate(make(Chain), lambda: images(4)), "is not data. Call it and give its result"),
         (lambda: anybit.Scheme.parse([("fc", "W4A8")]), "Write anybit.Scheme.parse({'fc': 'W4A8', ...})."),
         (lambda: anybit.Scheme({"fc": "W4A8"}), "Write anybit.Scheme.parse({'fc': 'W4A8', ...})."),  # type: ignore[dict-item]
         (lambda: anybit.Scheme(4), "is not a mapping of layers"),  # type: ignore[arg-type]
-        (lambda: anybit.evaluate(make, pictures(4)), "is neither a network nor a run."),
+        (lambda: anybit.evaluate(make, images(4)), "is neither a network nor a run."),
     ],
 )
 def test_refusal_shows_the_corrected_call(call, words):

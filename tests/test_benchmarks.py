@@ -97,7 +97,7 @@ def test_every_import_of_a_script_resolves(path):
 
 
 def fake_tree(folder, command):
-    """A checkout whose command line is this code."""
+    """Create a checkout whose command line is this code."""
     package = folder / "src" / "anybit"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -106,7 +106,7 @@ def fake_tree(folder, command):
 
 
 def test_processor_seconds_include_child_processes(tmp_path):
-    """Processor seconds hold those of a child process, and waiting takes none."""
+    """Processor seconds include those of a child process; waiting takes none."""
     busy = "import time\nwhile time.process_time() < 0.4: pass"
     tree = fake_tree(tmp_path / "tree", f"import subprocess, sys, time\nsubprocess.run([sys.executable, '-c', {busy!r}])\ntime.sleep(0.5)")
     seconds = command_costs.timed(command_costs.ANYBIT, command_costs.environment_of(tree, tmp_path))

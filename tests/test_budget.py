@@ -160,7 +160,7 @@ def test_one_budget_in_two_spellings_is_given_twice(one, other):
     ],
 )
 def test_a_suggested_budget_is_accepted(text, network):
-    """Also by the network: no suggestion is above any float network's cost."""
+    """The network accepts it, too: no suggestion is above the cost of a float network."""
     with pytest.raises(InvalidSetting) as refusal:
         Budget.parse(text)
     meant = re.search(r"Did you mean (.*)\?", str(refusal.value))
@@ -187,7 +187,7 @@ def test_small_limits_are_written_in_a_smaller_unit():
 
 
 def test_sizes_are_written_to_the_byte():
-    """An error that names the least budget asks for no byte more, and shows in what it differs from the budget that was asked for."""
+    """An error that names the least budget asks for no byte more, and shows enough digits to differ from the requested budget."""
     for count in (7_520, 7_552, 40_000, 123_456_789):
         assert round(Budget.parse(QUANTITIES["bytes"].text(count)).conditions[0].limit) == count
 
@@ -246,7 +246,7 @@ def test_unmeasured_cost_is_rejected_and_not_reported(network):
 
 
 def test_energy_budget_puts_bits_where_they_take_least_energy(network):
-    """All layers lose equally, so bits go where one takes least energy, which is not where it takes least memory."""
+    """All layers lose equally, so bits go where a bit takes the least energy, which is not where it takes the least memory."""
     choices = {name: [Precision(bits, 8) for bits in (2, 4, 8)] for name in WEIGHTS}
     least = sum(2 * joules for joules in JOULES.values())
     scheme = allocate(make_problem(choices, plain_table(choices), network, Budget.parse(f"energy={1e3 * (least + 3e-5):.6f}mJ"))).scheme

@@ -1,10 +1,10 @@
-"""Public functions called from Python: for a wrong name the error shows the corrected call."""
+"""Public functions called from Python: for a wrong name, the error shows the corrected call."""
 
 import inspect
 
 import pytest
 import torch
-from networks import Chain, make, pictures
+from networks import Chain, images, make
 
 import anybit
 from anybit.calls import AMOUNTS
@@ -39,7 +39,7 @@ def test_every_public_function_rejects_unknown_keywords(name):
 )  # fmt: skip
 def test_error_for_a_wrong_name_or_type_shows_the_corrected_call(keywords, words):
     with pytest.raises(InvalidSetting, match=words):
-        anybit.calibrate(make(Chain), pictures(4), **keywords)
+        anybit.calibrate(make(Chain), images(4), **keywords)
 
 
 NUMBERS = [(name, number) for name in FUNCTIONS for number in inspect.signature(getattr(anybit, name)).parameters if number in AMOUNTS]
@@ -57,7 +57,7 @@ def test_rejects_number_out_of_range_by_name(name, number):
 
 @pytest.mark.parametrize("device", ["meta", "cuda:²", "cuda:99999999999999999999", "cpus", torch.device("meta")])
 def test_rejects_unknown_device_by_name(device):
-    model, data = make(Chain), (pictures(4), torch.arange(4))
+    model, data = make(Chain), (images(4), torch.arange(4))
     for call in (anybit.evaluate, anybit.calibrate):
         with pytest.raises(InvalidSetting, match=f"device='{device}' is not a device"):
             call(model, data, device=device)

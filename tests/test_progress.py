@@ -1,4 +1,4 @@
-"""Progress of long work: shares sum to one, the bar never goes back, every stage appears, the time left is near the truth."""
+"""Progress of long work: shares sum to one, the bar never goes back, every stage appears, the time left is nearly right."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 from commands import anybit_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Residual, make, pictures
+from networks import Residual, images, make
 
 import anybit
 from anybit.progress import Meter, listening, plan, tell, track
@@ -83,7 +83,7 @@ def test_every_stage_of_a_calibration_appears_with_its_share(pipeline, monkeypat
     monkeypatch.setattr(
         Meter, "plan", lambda self, stages, measured: (plans.append([seconds for _, seconds in stages]), plan(self, stages, measured))
     )
-    data = (pictures(24), make(Residual)(pictures(24)).argmax(1))
+    data = (images(24), make(Residual)(images(24)).argmax(1))
     heard = heard_of(lambda: anybit.calibrate(make(Residual), data, ["6bit", "5bit"], test=data, pipeline=pipeline, **QUICK))
     begun = [moment for moment in heard if moment.begins]
     count = begun[-1].place[1]
@@ -98,7 +98,7 @@ def test_every_stage_of_a_calibration_appears_with_its_share(pipeline, monkeypat
 
 @pytest.mark.parametrize("verb", ["grow", "train"])
 def test_every_stage_of_a_training_appears(verb):
-    data = (pictures(24), make(Residual)(pictures(24)).argmax(1))
+    data = (images(24), make(Residual)(images(24)).argmax(1))
     budget = {"budget": "4bit"} if verb == "grow" else {"bits": (4, 8)}
     heard = heard_of(lambda: getattr(anybit, verb)(make(Residual), data, test=data, epochs=2, batch_size=8, **budget))
     begun = [moment for moment in heard if moment.begins]
@@ -119,7 +119,7 @@ def test_every_stage_of_a_search_and_an_extraction_appears(verb, folders, calibr
 
 def test_what_is_taken_up_is_said(tmp_path):
     def run():
-        anybit.calibrate(make(Residual), pictures(24), "6bit", **{**QUICK, "cache": tmp_path / "cache"})
+        anybit.calibrate(make(Residual), images(24), "6bit", **{**QUICK, "cache": tmp_path / "cache"})
 
     assert not any(moment.reused for moment in heard_of(run))
     again = {moment.stage for moment in heard_of(run) if moment.reused}
@@ -144,7 +144,7 @@ def test_a_notebook_shows_the_progress_of_a_call(monkeypatch, capsys):
     from anybit.reports import bars
 
     monkeypatch.setattr(bars, "in_notebook", lambda: True)
-    anybit.calibrate(make(Residual), pictures(24), "6bit", pipeline="light", **QUICK)
+    anybit.calibrate(make(Residual), images(24), "6bit", pipeline="light", **QUICK)
     assert capsys.readouterr().out.strip()
 
 

@@ -132,11 +132,11 @@ def test_a_path_that_exists_wins_over_the_meaning_of_its_name(here):
 
 
 def test_a_part_of_what_has_no_parts_is_refused(here):
-    """The whole of it was read: training and test data were the same."""
-    Path("pictures/test").mkdir(parents=True)
+    """It was once read whole: training and test data were the same."""
+    Path("images/test").mkdir(parents=True)
     Path("t.txt").write_text("one\ntwo\n")
     np.save("x.npy", X.numpy())
-    for path, advice in {"pictures": "or the folder pictures/test", "t.txt": "Name t.txt alone.", "x.npy": "Name x.npy alone."}.items():
+    for path, advice in {"images": "or the folder images/test", "t.txt": "Name t.txt alone.", "x.npy": "Name x.npy alone."}.items():
         for check in (check_data, load_data):
             with pytest.raises(InvalidInput, match="has no parts, so #test names nothing") as refused:
                 check(f"{path}#test")

@@ -1,4 +1,4 @@
-"""Every value that a message suggests is accepted when it is given as suggested."""
+"""Every value that a message suggests is accepted in the suggested form."""
 
 import re
 from functools import partial
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Residual, make, pictures
+from networks import Residual, images, make
 from test_settings import NAMES, OPTIONS, bad_values
 
 import anybit
@@ -94,7 +94,7 @@ GROWING = [{}, {"planes": 4}, {"planes": 1}, {"method": "msq"}, {"method": "msq"
 
 @pytest.fixture(scope="module")
 def example():
-    return make(Residual), Batch(pictures(2))
+    return make(Residual), Batch(images(2))
 
 
 @pytest.mark.parametrize("options", GROWING, ids=str)
@@ -142,7 +142,7 @@ def test_what_calibrate_suggests_is_accepted(example, budget):
 
 
 def test_a_budget_that_conditions_contradict_is_relaxed_so_that_it_can_be_met():
-    """Fast layers are large: each condition can be met, both cannot."""
+    """Fast layers are large: each condition can be met, but not both."""
     costs = {"bits": {"a": np.array([2.0, 8.0]), "b": np.array([2.0, 8.0])}, "time": {"a": np.array([9.0, 1.0]), "b": np.array([9.0, 1.0])}}
     problem = Problem({"a": [Precision(2), Precision(8)], "b": [Precision(2), Precision(8)]},
                       {"a": np.zeros(2), "b": np.zeros(2)}, costs, {"bits": 5.0, "time": 3.0})  # fmt: skip
@@ -163,6 +163,6 @@ def test_what_a_search_suggests_is_accepted(folders, calibrated, budget):
 
 
 def test_a_suggested_drop_is_not_below_the_loss_that_it_is_to_permit():
-    """It was rounded to four digits, down as well as up."""
+    """It was once rounded to four digits, down as well as up."""
     for lost in torch.rand(200, generator=torch.Generator().manual_seed(0)).mul(99).tolist():
         assert Budget.parse(QUANTITIES["drop"].text(lost)).limit("drop") >= lost

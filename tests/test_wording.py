@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import anybit_cli
-from networks import Chain, make, pictures
+from networks import Chain, images, make
 
 import anybit
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
@@ -101,9 +101,9 @@ def test_flags_become_keywords(message, written):
 
 def test_errors_name_keywords_in_python_and_flags_on_the_command_line(tmp_path):
     calls = [
-        lambda: anybit.calibrate(make(Chain), pictures(4), "4bit", test=pictures(4)),
-        lambda: anybit.calibrate(make(Chain), pictures(4), "4bit", device="cpus"),
-        lambda: anybit.calibrate(make(Chain), pictures(4), "4bit", keep={"nothing": "W8A8"}),
+        lambda: anybit.calibrate(make(Chain), images(4), "4bit", test=images(4)),
+        lambda: anybit.calibrate(make(Chain), images(4), "4bit", device="cpus"),
+        lambda: anybit.calibrate(make(Chain), images(4), "4bit", keep={"nothing": "W8A8"}),
         lambda: anybit.calibrate("nowhere.py:net", "nowhere.npz", "4bit"),
         lambda: anybit.Preprocessing(size=8, resize=4),
         lambda: anybit.extract("nowhere", "4bit", steps=3),
@@ -119,7 +119,7 @@ def test_errors_name_keywords_in_python_and_flags_on_the_command_line(tmp_path):
 
 
 def test_error_for_saving_over_a_result_names_keywords(tmp_path):
-    result = anybit.calibrate(make(Chain), pictures(8), "8bit", pipeline="light", cache=False, weight_bits=(8,), activation_bits=(8,))
+    result = anybit.calibrate(make(Chain), images(8), "8bit", pipeline="light", cache=False, weight_bits=(8,), activation_bits=(8,))
     result.save(tmp_path / "run")
     with pytest.raises(InvalidSetting, match=r"another folder=, or give overwrite=True"):
         result.save(tmp_path / "run")

@@ -54,7 +54,7 @@ def problems(draw, budgets=(0, 1, 2), largest_cost=100):
 
 
 def amount(table, problem, scheme):
-    """Sum of one quantity over a scheme's layers."""
+    """Sum one quantity over a scheme's layers."""
     return sum(table[name][list(problem.choices[name]).index(precision)] for name, precision in scheme.items())
 
 
@@ -256,13 +256,13 @@ def test_frontier_within_a_limit_gives_its_last_feasible_scheme(problem):
 
 
 def costs_of(weights, macs=1000):
-    """Costs of a network with these numbers of weights, one row per layer."""
+    """Return the costs of a network with these numbers of weights, one row per layer."""
     layers = {f"layer{i}": LayerSize(1, count, macs * count) for i, count in enumerate(weights)}
     return CostModel(layers, 10, {}, 2, 4 * sum(weights) + 1000)
 
 
 def plain_table(choices):
-    """Fewer bits, more loss."""
+    """A table in which fewer bits have more loss."""
     return SensitivityTable({(name, p): 1 / (p.weight_bits or 32) for name in choices for p in choices[name]}, Precision(), 1)
 
 
@@ -423,7 +423,7 @@ def measure(network, choices, **options):
 
 
 def loss_of(network, **layers):
-    """Distance of the outputs with these precisions (layer 0: "_0"), everything else float."""
+    """Return the distance of the outputs with these precisions (layer 0: "_0"), everything else float."""
     prepared, candidates, held_out, reference = network
     scheme = Scheme({name.strip("_"): precision for name, precision in layers.items()})
     return distance(outputs_of(apply_scheme(prepared, scheme, candidates), held_out), reference, "classification")
@@ -598,7 +598,7 @@ def test_silences_compiled_code_but_not_python():
 
 
 def test_solving_in_threads_loses_no_output_of_other_threads(capfd):
-    """Afterwards stdout is what it was."""
+    """stdout is restored afterwards."""
     done = threading.Event()
 
     def printing():

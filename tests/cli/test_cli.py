@@ -11,7 +11,7 @@ import pytest
 import torch
 import typer
 from commands import FAST, anybit_cli, one_json_object
-from networks import Chain, make, pictures
+from networks import Chain, images, make
 
 import anybit
 from anybit.budget import parse_size
@@ -67,7 +67,7 @@ def test_run_of_the_function_loads_from_another_working_folder(here, monkeypatch
     result = anybit.calibrate("m.py:net", "x.npz", None, weights="w.pt", pipeline="light", samples=24)
     result.save("run")
     monkeypatch.chdir("/")
-    assert torch.equal(anybit.load(here / "run")(pictures(2)), result.model(pictures(2)))
+    assert torch.equal(anybit.load(here / "run")(images(2)), result.model(images(2)))
     assert anybit.allocate(here / "run", "5bit").scheme
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import typer
 from commands import SCRIPT, anybit_cli, one_json_object
-from networks import Residual, make, pictures
+from networks import Residual, images, make
 
 import anybit
 from anybit.cli.app import app
@@ -24,7 +24,7 @@ def here(tmp_path, monkeypatch):
     """A working folder with a model script and labelled arrays."""
     monkeypatch.chdir(tmp_path)
     Path("m.py").write_text(SCRIPT)
-    x = pictures(60)
+    x = images(60)
     with torch.no_grad():
         y = make(Residual)(x).argmax(1).numpy()
     np.savez("x.npz", x=x.numpy(), y=y)

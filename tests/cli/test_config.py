@@ -113,11 +113,11 @@ def save_noise(path: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("budgets", [["6bit"], ["6bit", "5bit"]], ids=["one", "several"])
 def test_calibrate_repeats_the_preprocessing_of_a_run(here, budgets):
-    """Whether it was written or derived, as the numbers of class folders are; also of a run whose report does not record it yet."""
+    """Explicit and derived preprocessing, such as the numbers of class folders; also of a run whose report does not record it yet."""
     for at in range(16):
-        save_noise(Path("pictures", "dog" if at % 3 else "cat", f"{at}.png"), at)
+        save_noise(Path("images", "dog" if at % 3 else "cat", f"{at}.png"), at)
         save_noise(Path("tests", "cow" if at % 2 else "cat", f"{at}.png"), 50 + at)
-    line = ["calibrate", "--model", "m.py:net", "--data", "pictures", "--test", "tests", "--quiet"]
+    line = ["calibrate", "--model", "m.py:net", "--data", "images", "--test", "tests", "--quiet"]
     given = ["--mean", "0.5,0.4,0.3", "--std", "0.25", "--size", "8", "--resize", "9", "--interpolation", "nearest"]
     done = anybit_cli(*line, *given, *FAST, *(f"--budget={budget}" for budget in budgets), "--output", "run")
     assert done.exit_code == 0, done.stderr
@@ -144,7 +144,7 @@ RECORDED = [
 
 
 def another(one: Option):
-    """A value of the option that is not its default."""
+    """Return a value of the option that is not its default."""
     special = {
         "keep": {"fc": "W8A8"}, "outputs": {"1": 0.5}, "weight_bits": [3, 5], "activation_bits": [8, None], "bits": [4, 8],
         "sensitivity_base": "W8A8", "blocks": ["a", "b"], "mean": [0.5], "std": [0.25], "classes": ["a", "b"], "columns": "text=a",
@@ -172,7 +172,7 @@ def another(one: Option):
 
 @pytest.mark.parametrize("verb", ["calibrate", "grow", "train", "search"])
 def test_every_recorded_setting_is_repeated(verb, tmp_path):
-    """A report's settings and preprocessing, each set to another value than its default, are those of the repeated run."""
+    """The repeated run has the report's settings and preprocessing, none of which is a default."""
     tried = 0
     for of_verb, name, one in RECORDED:
         value = another(one) if of_verb == verb else None

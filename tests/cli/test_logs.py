@@ -1,4 +1,4 @@
-"""Logs: every event as it happens, always valid JSON, as documented in docs/command-line.md."""
+"""Logs: each event is written when it happens, as valid JSON, as documented in docs/command-line.md."""
 
 import ast
 import errno
@@ -14,7 +14,7 @@ import pytest
 from commands import SCRIPT, anybit_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Chain, make, pictures
+from networks import Chain, images, make
 
 from anybit.cli.logs import WIDTH, completing, readable
 from anybit.errors import InvalidSetting
@@ -37,9 +37,9 @@ def rows(path):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """The log of every verb that works for longer than a moment, appended to one file."""
+    """The log of every verb that takes long, appended to one file."""
     folder = tmp_path_factory.mktemp("logged")
-    x = pictures(48)
+    x = images(48)
     y = make(Chain)(x).argmax(1).numpy()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -149,7 +149,7 @@ def test_log_agrees_with_the_report(here):
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("m.py").write_text(SCRIPT)
-    np.savez("x.npz", x=pictures(24).numpy())
+    np.savez("x.npz", x=images(24).numpy())
     return tmp_path
 
 

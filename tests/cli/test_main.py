@@ -74,7 +74,7 @@ def shell(command: str, **options) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-", "<&-"])
 def test_closed_stream_exits_quietly(closed, tmp_path):
-    """No file opened later gets the stream's descriptor and, with it, the text meant for the stream."""
+    """No file opened later gets the stream's descriptor, and with it the text meant for the stream."""
     done = shell(f'cd {tmp_path}; "$1" -m anybit --version {closed}')
     assert (done.returncode, done.stderr) == (0, "") and done.stdout in ("", f"anybit {__version__}\n")
     done = shell(f'cd {tmp_path}; "$1" -m anybit explain {tmp_path} layer {closed}')

@@ -1,4 +1,4 @@
-"""Class numbers stored as floats or in a column: read as classes where the network gives class scores, or refused by name."""
+"""Class numbers stored as floats or in a column are read as classes if the network gives class scores, or refused by name."""
 
 import numpy as np
 import pytest

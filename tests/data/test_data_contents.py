@@ -102,7 +102,7 @@ def test_data_set_that_ends_early_is_reported():
         contents_of_samples(samples)
 
 
-def write_pictures(folder):
+def write_images(folder):
     from PIL import Image
 
     for number in range(4):
@@ -111,8 +111,8 @@ def write_pictures(folder):
 
 
 def test_images_are_hashed_by_content_and_read_once(tmp_path, monkeypatch):
-    write_pictures(tmp_path / "one")
-    write_pictures(tmp_path / "two")
+    write_images(tmp_path / "one")
+    write_images(tmp_path / "two")
     for path in tmp_path.rglob("*.png"):
         os.utime(path, (1, 1))
     monkeypatch.setattr(cache, "RECENT", 0)
@@ -121,9 +121,9 @@ def test_images_are_hashed_by_content_and_read_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cache, "sha256_of", lambda path: pytest.fail("read again"))
         assert contents_of_samples(load_data(str(tmp_path / "one"))) == first
-    content, picture = (tmp_path / "one/a/0.png").read_bytes(), tmp_path / "one/b/1.png"
-    picture.write_bytes(content[: picture.stat().st_size].ljust(picture.stat().st_size, b"\0"))
-    os.utime(picture, (1, 1))  # same size and modification time
+    content, image = (tmp_path / "one/a/0.png").read_bytes(), tmp_path / "one/b/1.png"
+    image.write_bytes(content[: image.stat().st_size].ljust(image.stat().st_size, b"\0"))
+    os.utime(image, (1, 1))  # same size and modification time
     other = contents_of_samples(load_data(str(tmp_path / "one")))
     assert other != first
     (tmp_path / "two/a").rename(tmp_path / "two/c")

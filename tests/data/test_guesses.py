@@ -1,4 +1,4 @@
-"""Guessing a network's task: from labels that fit, else from shapes and values, with the reason; and the tasks added with it."""
+"""Guessing a network's task, with the reason: from labels that fit, or else from shapes and values."""
 
 import math
 
@@ -133,7 +133,7 @@ def test_softmax_network_has_the_loss_of_its_logits():
 
 
 def test_regression_between_zero_and_one_keeps_its_accuracy():
-    """Taken for a classifier, the network once got 2 bits everywhere at a loss of 0.02, and was worse than a constant."""
+    """Mistaken for a classifier, the network once got 2 bits everywhere at a loss of 0.02, and was worse than a constant."""
     torch.manual_seed(0)
     x, w = torch.randn(800, 8), torch.randn(8, 4) / 4
     y = torch.sigmoid(x @ w) * 0.5 + 0.25

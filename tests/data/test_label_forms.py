@@ -1,4 +1,4 @@
-"""Labels in any of their usual forms: one-hot, in lists, with ignored pixels; and those that no task has, refused by a true sentence."""
+"""Labels in all usual forms: one-hot, in lists, with ignored pixels. Labels of no task are refused with a true reason."""
 
 import numpy as np
 import pytest
@@ -101,7 +101,7 @@ CONTAINERS = {
 
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_rows_of_labels_are_read_alike_in_every_container(classes, container, tmp_path):
-    """Rows that all are one-hot are classes, which is said; others are several labels, also if the first rows are one-hot."""
+    """If all rows are one-hot they are classes, which a note says; otherwise several labels, even if the first rows are one-hot."""
     make, one_hot, expected = CONTAINERS[container], F.one_hot(classes, C), anybit.evaluate(net(), (X, classes))
     for labels in (one_hot, one_hot.float()):
         data = make(tmp_path, X, labels)
@@ -122,7 +122,7 @@ def test_a_late_row_of_many_that_is_not_one_hot_is_refused_by_name(classes):
 
 
 def test_tests_have_as_many_labels_per_sample_as_the_data(classes):
-    """Test labels that happen to be one-hot are read as those of the data."""
+    """Test labels that happen to be one-hot are read in the same form as those of the data."""
     several = F.one_hot(classes, C).repeat(3, 1)
     several[::2, 0] = 1
     data, one_hot = TensorDataset(X.repeat(3, 1), several), F.one_hot(classes, C)
@@ -237,7 +237,7 @@ def test_one_hot_masks_with_the_classes_last_are_class_maps(masks, kind, task):
 
 
 class Rows(nn.Module):
-    """Scores of each of T places, [N, T, classes], or with the classes second."""
+    """Scores at each of T positions, [N, T, classes], or with the classes second."""
 
     def __init__(self, classes, second):
         super().__init__()

@@ -1,10 +1,10 @@
-"""Custom metrics: one that cannot be called, or returns no finite number, is rejected by name before the work."""
+"""Custom metrics: one that cannot be called, or does not return a finite number, is rejected by name before the work."""
 
 import inspect
 
 import pytest
 import torch
-from networks import Chain, make, pictures
+from networks import Chain, images, make
 from typer.testing import CliRunner
 
 import anybit
@@ -68,7 +68,7 @@ def test_accepts_any_callable_of_two_tensors_as_metric():
 
 
 def labelled():
-    x = pictures(24)
+    x = images(24)
     return x, torch.arange(24) % 5
 
 
@@ -79,7 +79,7 @@ def test_calibrate_checks_the_metric_before_the_work(monkeypatch, metric, data):
         raise AssertionError("the work has begun")
 
     monkeypatch.setattr("anybit.roads.calibrate.range_candidates", begun)
-    inputs = {"data": labelled()} if data == "data" else {"data": pictures(24), "test": labelled()}
+    inputs = {"data": labelled()} if data == "data" else {"data": images(24), "test": labelled()}
     with pytest.raises(AnybitError, match=f"metric {metric.__name__}"):
         anybit.calibrate(make(Chain), budget="4bit", metric=metric, **inputs, **QUICK)
 
@@ -87,7 +87,7 @@ def test_calibrate_checks_the_metric_before_the_work(monkeypatch, metric, data):
 def test_rejects_unfit_test_labels_before_the_work(monkeypatch):
     monkeypatch.setattr("anybit.roads.calibrate.range_candidates", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(InvalidInput, match="5 classes"):
-        anybit.calibrate(make(Chain), pictures(24), "4bit", test=(pictures(8), torch.arange(8)), **QUICK)
+        anybit.calibrate(make(Chain), images(24), "4bit", test=(images(8), torch.arange(8)), **QUICK)
 
 
 def test_command_line_rejects_metric_before_loading_anything(tmp_path, monkeypatch):

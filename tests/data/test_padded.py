@@ -14,7 +14,7 @@ QUICK = {"activation_bits": (8,), "pipeline": "light", "cache": False, "samples"
 
 
 class Tagger(nn.Module):
-    """A class of each token."""
+    """Gives the class scores of each token."""
 
     def __init__(self):
         super().__init__()
@@ -26,7 +26,7 @@ class Tagger(nn.Module):
 
 
 class Whole(Tagger):
-    """The same network, which receives a dictionary."""
+    """The same network, called with a dictionary."""
 
     def forward(self, batch):
         return super().forward(batch["ids"])

@@ -82,7 +82,7 @@ def test_agreement_counts_samples_with_the_same_top_class():
     [((8, 2), "classification"), ((8, 10), "classification"), ((8, 1), "regression"), ((8,), "regression"), ((8, 3, 4), "regression")],
 )
 def test_task_follows_from_the_output_shape(shape, task):
-    """Scores of classes need one row a sample; with one, their sum over a row tells nothing."""
+    """Class scores need one row per sample; with a single one, the sum over a row shows nothing."""
     outputs = torch.zeros(shape)
     outputs.view(8, -1)[:, 0] = torch.tensor([9.0, -9.0]).repeat(4)
     assert guess_task(outputs - outputs.mean(-1, keepdim=outputs.dim() > 0)).task == task
@@ -150,7 +150,7 @@ def test_rejects_targets_of_another_shape_instead_of_broadcasting():
 
 
 class Frozen(nn.Module):
-    """Returns its input; holds a submodule fixed in evaluation mode."""
+    """Returns its input; keeps a submodule in evaluation mode."""
 
     def __init__(self):
         super().__init__()

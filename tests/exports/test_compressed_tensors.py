@@ -66,7 +66,7 @@ def bert(tmp_path_factory):
 
 @pytest.fixture
 def copied(bert, tmp_path):
-    """A copy of the same that a test may change."""
+    """A copy of the folder that a test may change."""
     run, model, data, out = bert
     return run, model, data, Path(shutil.copytree(out, tmp_path / "out"))
 
@@ -123,7 +123,7 @@ def test_folder_has_the_codes_and_scales_of_the_run(bert):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs of each family, made on first use: (kind, whether it has groups) -> run, network, data."""
+    """Runs of each family, created on first use: (kind, whether it has groups) -> run, network, data."""
     groups = {False: {}, True: {"group": 8, "weight_bits": (3,), "budget": None}}
     return functools.cache(lambda kind, grouped: run_of(kind, tmp_path_factory.mktemp("run"), **groups[grouped]))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Bessel, Odd, Residual, make, pictures
+from networks import Bessel, Odd, Residual, images, make
 from torch import nn
 
 import anybit
@@ -25,9 +25,9 @@ def undivided(self, x):
 
 REFUSED = {
     "an operator that the exporter lacks": (Bessel, torch.ones(8, 4)),
-    "a batch that forward fixes": (lambda: Odd(lambda s, x: s.a(x).reshape(len(x), -1), a=nn.Conv2d(3, 4, 3)), pictures(8)),
-    "a forward that is more than its operator": (lambda: Odd(lambda s, x: s.odd(x), odd=Scaled(3, 4, 3)), pictures(8)),
-    "a function that the exporter changes": (lambda: Odd(undivided, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 1)), pictures(8)),
+    "a batch that forward fixes": (lambda: Odd(lambda s, x: s.a(x).reshape(len(x), -1), a=nn.Conv2d(3, 4, 3)), images(8)),
+    "a forward that is more than its operator": (lambda: Odd(lambda s, x: s.odd(x), odd=Scaled(3, 4, 3)), images(8)),
+    "a function that the exporter changes": (lambda: Odd(undivided, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 1)), images(8)),
 }  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_inspect_reports_the_error_of_export(name, tmp_path):
 
 
 def test_inspect_counts_the_integer_layers_of_the_file(tmp_path):
-    model, data, keep = make(Residual), pictures(8), {"fc": "float"}
+    model, data, keep = make(Residual), images(8), {"fc": "float"}
     trial = anybit.inspect(model, data, keep=keep)["export"]
     run = anybit.calibrate(model, data, None, keep=keep, **LIGHT).save(tmp_path / "run")
     report = anybit.export(run, tmp_path / "net.onnx", model=model, data=data)
@@ -55,11 +55,11 @@ def test_inspect_counts_the_integer_layers_of_the_file(tmp_path):
 def test_inspect_says_when_export_was_not_tried():
     model = make(Residual)
     assert anybit.inspect(model)["export"] == {"ok": None, "reason": "it needs data"}
-    assert anybit.inspect(model, pictures(4), export=False)["export"]["ok"] is None
+    assert anybit.inspect(model, images(4), export=False)["export"]["ok"] is None
 
 
 def test_export_reuses_the_graph_of_the_trial(tmp_path, monkeypatch):
-    model, data = make(Residual), pictures(40)
+    model, data = make(Residual), images(40)
     anybit.inspect(model, data)
     monkeypatch.setattr(torch.onnx, "export", None)
     run = anybit.calibrate(model, data, None, **LIGHT).save(tmp_path / "run")
@@ -67,17 +67,17 @@ def test_export_reuses_the_graph_of_the_trial(tmp_path, monkeypatch):
 
 
 class Pairs(nn.Module):
-    """Compares each text with each picture, by a product that the forward itself calls."""
+    """Compares each text with each image, by a product that the forward itself calls."""
 
     def __init__(self, with_features=True):
         super().__init__()
         self.with_features = with_features
-        self.words, self.text, self.picture = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Conv2d(3, 8, 3)
+        self.words, self.text, self.image = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Conv2d(3, 8, 3)
 
     def forward(self, ids=None, pixels=None):
-        texts, pictures = self.text(self.words(ids)).mean(1), self.picture(pixels).mean((2, 3))
-        scores = texts @ pictures.mT
-        return (scores, texts, pictures) if self.with_features else scores
+        texts, images = self.text(self.words(ids)).mean(1), self.image(pixels).mean((2, 3))
+        scores = texts @ images.mT
+        return (scores, texts, images) if self.with_features else scores
 
 
 PAIRED = [{"pixels": torch.ones(3, 8, 8) * index, "ids": torch.full((5,), index)} for index in range(4)]

@@ -17,7 +17,7 @@ import torch
 from commands import SCRIPT, anybit_cli
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Chain, NoBatchNorm, Residual, Windows, make, pictures
+from networks import Chain, NoBatchNorm, Residual, Windows, images, make
 
 import anybit
 from anybit.files.cache import Cache, Entry, entries, remove_damaged, results_folder, trim_cache
@@ -184,7 +184,7 @@ SETTINGS = {
 def calibrated(folder: Path, cache, network=Residual, budget="4bit", **settings) -> dict[str, bytes]:
     """The bytes of a run, without times and memory."""
     model = make(network)
-    anybit.calibrate(model, pictures(40), budget, cache=cache, **{**SETTINGS, **settings}).save(folder, overwrite=True)
+    anybit.calibrate(model, images(40), budget, cache=cache, **{**SETTINGS, **settings}).save(folder, overwrite=True)
     return bytes_of(folder)
 
 
@@ -197,7 +197,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def computed_names(monkeypatch) -> list[str]:
-    """The names of results that are computed from now on."""
+    """The names of results, as they are computed from now on."""
     computed: list[str] = []
     keep = Cache._keep
     monkeypatch.setattr(Cache, "_keep", lambda self, path, name, entry: (computed.append(name), keep(self, path, name, entry)))
@@ -227,7 +227,7 @@ def test_run_is_byte_identical_with_any_part_cached(tmp_path, monkeypatch, netwo
 
 @pytest.fixture(scope="module")
 def whole_cache(tmp_path_factory) -> Path:
-    """The cache of a run of SETTINGS, only to be copied."""
+    """The cache of a run of SETTINGS, which tests copy and do not change."""
     here = tmp_path_factory.mktemp("cache")
     calibrated(here / "run", here / "kept", Chain)
     return here / "kept"
@@ -272,7 +272,7 @@ def test_changed_setting_recomputes_only_dependent_results(tmp_path, monkeypatch
 
 
 def test_other_weights_data_or_code_reuse_nothing(tmp_path, monkeypatch):
-    model, inputs = make(Chain), pictures(40)
+    model, inputs = make(Chain), images(40)
     computed = computed_names(monkeypatch)
     counts = []
 
@@ -298,7 +298,7 @@ def test_other_weights_data_or_code_reuse_nothing(tmp_path, monkeypatch):
 
 
 def test_changed_metric_code_is_measured_again(tmp_path, monkeypatch):
-    model, inputs = make(Residual), pictures(40)
+    model, inputs = make(Residual), images(40)
     labels = torch.zeros(40, dtype=torch.int64)
     computed = computed_names(monkeypatch)
     for metric in (lambda outputs, labels: 1.0, lambda outputs, labels: 2.0):
@@ -317,7 +317,7 @@ def test_changed_metric_code_is_measured_again(tmp_path, monkeypatch):
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("m.py").write_text(SCRIPT)
-    np.savez("x.npz", x=pictures(60).numpy())
+    np.savez("x.npz", x=images(60).numpy())
     return tmp_path
 
 

@@ -121,7 +121,7 @@ def test_digests_are_equal_in_every_process():
 
 
 class Shifted(nn.Module):
-    """A buffer that the state dict does not hold, a plain attribute and a plain list."""
+    """A buffer that is not in the state dict, a plain attribute and a plain list."""
 
     def __init__(self, shift=1.0, table=1.0, factor=2, name="a"):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Mutated files, through the benchmark's functions; files that once caused errors; foreign folders, which execute nothing."""
+"""Mutated files, read by the benchmark's functions; files that once caused errors; foreign folders, which execute nothing."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def test_ten_thousand_mutated_files(tmp_path):
 
 
 def test_harness_detects_faulty_readers(tmp_path):
-    """It detects a reader that accepts damage, hangs, exhausts memory or raises another error."""
+    """Faulty readers accept damage, hang, exhaust memory or raise another error."""
     kinds = {"passes": lambda folder: 0, "memory": lambda folder: np.ones(2**27), "raises": lambda folder: [][0]}
     for name, read in kinds.items():
         case = hostile_files.Case(0, name, "x", "m", False)
@@ -221,7 +221,7 @@ def test_pickled_code_in_weights_is_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_broken_picture_is_named(tmp_path):
+def test_a_broken_image_is_named(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     rng = np.random.default_rng(0)
@@ -291,7 +291,7 @@ def network():
 
 
 def foreign(folder: Path, script: Path) -> None:
-    """Make the folder a stranger's: every reference in it names the script."""
+    """Turn the folder into a stranger's: every reference in it names the script."""
     for name in ("scheme.json", "supernet.json"):
         if (folder / name).is_file():
             edited(folder / name, model={"reference": f"{script}:make", "weights": str(script)}, data={"reference": f"{script}:data"})

@@ -94,7 +94,7 @@ DRAWING = ("calibrate", "grow", "train", "allocate", "search", "extract")
 @pytest.mark.parametrize("value", [math.nan, math.inf, 100.0])
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_refuses_inputs_and_outputs_that_are_not_finite_in_the_same_words(run, verb, value, monkeypatch):
-    """A sample is named by its number in the data, whatever order it is drawn in."""
+    """A sample is named by its number in the data, in whatever order samples are drawn."""
     monkeypatch.chdir(run)
     arrays = dict(np.load("x.npz"))
     arrays["x"][1, 0, 0, 0] = value
@@ -141,7 +141,7 @@ def test_writers_refuse_what_json_cannot_represent(value, tmp_path):
 
 
 def test_every_writer_uses_the_one_that_refuses():
-    """Of `json.dumps`, only digests, lengths and copies are left."""
+    """Only digests, lengths and copies still use `json.dumps`."""
     calls = []
     for path in SOURCES.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -190,7 +190,7 @@ def test_reads_expected_tensors(tmp_path):
 
 @pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu"])
 def test_rejects_float_types_that_no_run_has(name, tmp_path):
-    """PyTorch cannot tell of all of them whether they are finite."""
+    """For some of them, PyTorch cannot tell whether a number is finite."""
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.ones(4).to(getattr(torch, f"float8_{name}"))}, path)
     with pytest.raises(InvalidFile, match=r"float8|cannot be read"):

@@ -1,4 +1,4 @@
-"""Sums of second moments: few rows are stored, and give the same numbers as their products."""
+"""Sums of second moments: few rows are stored as they are, and give the same numbers as their products."""
 
 import pytest
 import torch

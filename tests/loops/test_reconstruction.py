@@ -1,4 +1,4 @@
-"""The reconstruction loop with every rounding: what it changes and what it must leave unchanged."""
+"""The reconstruction loop with every rounding: its effects, and the state that it leaves unchanged."""
 
 import copy
 from dataclasses import replace
@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from networks import Attention, Chain, Residual, assert_untouched, make, numbers, pictures, snapshot, zero_channel
+from networks import Attention, Chain, Residual, assert_untouched, images, make, numbers, snapshot, zero_channel
 from rounded import Rounded, rounded
 from torch import nn
 
@@ -74,7 +74,7 @@ def test_unit_without_improvement_stays_bitwise_unchanged():
 @every_rounding
 def test_eight_bits_hardly_change_the_outputs(rounding):
     case, changed, _ = fitted(make(Residual), "W8A8", ReconstructionSettings(rounding, steps=100, batch_size=16))
-    inputs = [Batch(pictures(16, 9))]
+    inputs = [Batch(images(16, 9))]
     before, after = outputs_of(case.model, inputs), outputs_of(changed, inputs)
     assert float((after - before).square().sum()) < 1e-3 * float(before.square().sum())
 
@@ -136,7 +136,7 @@ class Scaled(nn.Module):
 
 
 class Deepening(nn.Module):
-    """Blocks that the network calls with a number beside their input, a different one for each."""
+    """Blocks that the network calls with a number besides their input, a different one for each."""
 
     def __init__(self):
         super().__init__()
@@ -220,9 +220,9 @@ def unit_data(model: nn.Module, name: str, inputs: torch.Tensor) -> UnitData:
 
 
 def test_errors_are_measured_after_the_activation():
-    """What a ReLU cuts off is no error: a unit whose outputs are all negative has none."""
+    """Values that a ReLU cuts off are no error: a unit whose outputs are all negative has none."""
     case = rounded(make(Chain), "W2A2", name="chain", unit="layer")
-    data = [unit_data(case.network.folded, "conv1", pictures(8, seed)) for seed in (1, 2)]
+    data = [unit_data(case.network.folded, "conv1", images(8, seed)) for seed in (1, 2)]
     dead = lambda output: torch.relu(output - 1e6)  # noqa: E731
     errors = reconstruct(case.model.conv1, {"": case.starts["conv1"]}, *data, dead, FEW)
     assert errors["before"] == errors["after"] == 0
@@ -239,7 +239,7 @@ def test_penalty_receives_progress_and_is_minimized():
             return 1e3 * self.in_steps.square().mean()
 
     case = rounded(make(Chain), "W8", name="chain", unit="layer")
-    data = [unit_data(case.network.folded, "conv1", pictures(8, seed)) for seed in (1, 2)]
+    data = [unit_data(case.network.folded, "conv1", images(8, seed)) for seed in (1, 2)]
     layer, weights = case.model.conv1, []
     monitor = ReconstructionSettings(Pulled, steps=4)
     hook = layer.register_forward_pre_hook(lambda layer, args: weights.append(float(layer.weight.detach().square().sum())))
@@ -313,7 +313,7 @@ def test_repeated_layer_is_fitted_to_all_its_calls(form, rounding):
 
 
 class Positions(nn.Module):
-    """A layer that reads data in one call, and the same positions in another, whatever the batch."""
+    """A layer that reads data in one call, and in another the same positions for any batch."""
 
     def __init__(self):
         super().__init__()
@@ -338,7 +338,7 @@ def test_call_without_data_is_fitted_as_one_sample():
 @every_rounding
 @pytest.mark.parametrize("factor", [2.0**-100, 2.0**70, 2.0**100])
 def test_a_network_in_other_units_is_reconstructed_alike(factor, rounding):
-    """Squares of such values are beyond float32."""
+    """The squares of such values exceed float32."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False)).eval(), numbers(48, 8)
     settings = ReconstructionSettings(rounding, steps=20, batch_size=16)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import NoBatchNorm, Residual, make, pictures
+from networks import NoBatchNorm, Residual, images, make
 from processes import run_processes
 from torch import nn
 from torch.utils.data import Dataset
@@ -32,7 +32,7 @@ TESTS = Path(__file__).parent.parent
 
 def labelled(count=48, cls=Residual):
     """Images, labelled with the float network's predictions."""
-    x = pictures(count)
+    x = images(count)
     with torch.no_grad():
         return x, make(cls)(x).argmax(1)
 
@@ -75,7 +75,7 @@ def test_grown_run_round_trips_bitwise(tmp_path):
     result = grown()
     folder = result.save(tmp_path / "run")
     loaded = anybit.load(folder, model=make(Residual, seed=5))
-    assert torch.equal(loaded(pictures(8)), result.model(pictures(8)))
+    assert torch.equal(loaded(images(8)), result.model(images(8)))
     assert (folder / "model.safetensors").stat().st_size == result.report["result"]["bytes"]
 
 
@@ -101,7 +101,7 @@ OPTIONS += [{"anchor": False}, {"ramp": 0.0}, {"weighting": 1.0}]
 
 
 def outputs_of(**settings):
-    return grown(**settings).model(pictures(4))
+    return grown(**settings).model(images(4))
 
 
 @cache
@@ -118,7 +118,7 @@ def test_every_option_changes_the_result(changes):
 @pytest.mark.parametrize("changes", [{"rate": 3e-2}, {"scale_rate": 3e-2}], ids=str)
 def test_learning_rates_apply_to_a_fixed_scheme(changes):
     scheme = Scheme.uniform(grown(epochs=1).scheme, Precision(3, 4))
-    outputs = [grown(budget=None, scheme=scheme, **more).model(pictures(4)) for more in ({}, changes)]
+    outputs = [grown(budget=None, scheme=scheme, **more).model(images(4)) for more in ({}, changes)]
     assert not torch.equal(*outputs)
 
 
@@ -147,7 +147,7 @@ def test_global_random_state_is_restored():
 
 
 def test_task_selects_the_loss():
-    x, y = pictures(32), torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
+    x, y = images(32), torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
     result = anybit.grow(make(Residual), (x, y), "4bit", epochs=2, batch_size=16, task="regression")
     assert result.about["task"] == "regression" and result.report["epochs"][0]["train_top1"] is None
     with pytest.raises(InvalidSetting, match="task"):
@@ -157,7 +157,7 @@ def test_task_selects_the_loss():
 @pytest.mark.parametrize("labels", [torch.full((32,), 9), torch.full((32,), -1), torch.full((32,), 0.5)])
 def test_rejects_invalid_labels_by_name(labels):
     with pytest.raises(InvalidInput, match="abels"):
-        anybit.grow(make(Residual), (pictures(32), labels), "4bit", epochs=1, batch_size=16)
+        anybit.grow(make(Residual), (images(32), labels), "4bit", epochs=1, batch_size=16)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +170,8 @@ def test_rejects_invalid_settings(bad):
 
 def test_unlabelled_data_train_by_distillation_only():
     with pytest.raises(InvalidInput, match="distill"):
-        anybit.grow(make(Residual), pictures(32), "4bit", epochs=1, batch_size=16)
-    anybit.grow(make(Residual), pictures(32), "4bit", epochs=1, batch_size=16, distill=1.0)
+        anybit.grow(make(Residual), images(32), "4bit", epochs=1, batch_size=16)
+    anybit.grow(make(Residual), images(32), "4bit", epochs=1, batch_size=16, distill=1.0)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_augmentation_shifts_images_and_keeps_their_pixels():
     ("mean", "std"),
     [(None, None), ((0.4,), (0.2,)), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), ((0.5,), (0.2, 0.3, 0.4)), ((0.5, 0.4, 0.3), None)],
 )
-def test_shifted_pictures_are_padded_with_black_before_they_are_normalized(mean, std):
+def test_shifted_images_are_padded_with_black_before_they_are_normalized(mean, std):
     x = np.random.default_rng(0).integers(30, 256, (8, 6, 6, 3), dtype=np.uint8)  # no pixel is black
     channels = [tuple(np.broadcast_to(values, 3)) for values in (mean or (0.0,), std or (1.0,))]
     samples = samples_of_arrays({"x": x}, np.zeros(8), 0, Preprocessing(mean=mean and channels[0], std=std and channels[1]))
@@ -281,7 +281,7 @@ class Short(Dataset):
     def __getitem__(self, index):
         if index >= 40:
             raise IndexError(index)
-        return pictures(64)[index], 0
+        return images(64)[index], 0
 
 
 def test_error_for_data_that_end_early_names_epoch_and_batch():
@@ -292,7 +292,7 @@ def test_error_for_data_that_end_early_names_epoch_and_batch():
             AtTheEnd.calls += 1
             if AtTheEnd.calls > 100:
                 raise IndexError(index)
-            return pictures(64)[index], 0
+            return images(64)[index], 0
 
     with pytest.raises(InvalidInput, match=r"after \d of 4 batches of epoch 1\. Item \d+ of the data set AtTheEnd raises IndexError"):
         anybit.grow(make(Residual), as_samples(AtTheEnd()), "3bit", epochs=2, batch_size=16)
@@ -315,14 +315,14 @@ def test_rejects_nan_weights_after_training(tmp_path, monkeypatch):
 
 
 class Poisoned(Short):
-    """Clean during the first pass over all 64 images and the first steps of training; then NaN."""
+    """Clean for the first pass over all 64 images and for the first steps of training, then NaN."""
 
     calls = 0
 
     def __getitem__(self, index):
         Poisoned.calls += 1
-        picture = pictures(64)[index]
-        return (picture * torch.nan if Poisoned.calls > 250 else picture), 0
+        image = images(64)[index]
+        return (image * torch.nan if Poisoned.calls > 250 else image), 0
 
 
 def test_nan_loss_error_names_the_step_and_keeps_the_last_checkpoint(tmp_path):

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from language import covered, inputs
-from networks import Residual, assert_untouched, make, pictures, snapshot
+from networks import Residual, assert_untouched, images, make, snapshot
 
 import anybit
 from anybit.data.batches import Batch
@@ -72,7 +72,7 @@ METHODS = {
 
 
 def quantizable(model, x):
-    """The layers that a scheme names."""
+    """Return the layers that a scheme names."""
     return list(anybit.inspect(model, x, export=False)["layers"])
 
 
@@ -87,7 +87,7 @@ def rounded_start(model, calibration, precision: Precision):
 @pytest.mark.parametrize("text", ["W2A8", "W4A4", "W8A8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_ends_in_the_canonical_form(method, text, tmp_path):
-    model, x, precision = make(Residual), pictures(48), Precision.parse(text)
+    model, x, precision = make(Residual), images(48), Precision.parse(text)
     reestimate(model, [Batch(x)])  # as in a trained network, because training uses batch statistics
     before = snapshot(model)
     result = METHODS[method](model, x, weight_bits=(precision.weight_bits,), activation_bits=(precision.activation_bits,))

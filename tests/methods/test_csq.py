@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Depthwise, NoBatchNorm, Residual, Tokens, Upsampling, make, pictures
+from networks import Depthwise, NoBatchNorm, Residual, Tokens, Upsampling, images, make
 
 import anybit
 from anybit.budget import Budget
@@ -25,16 +25,16 @@ from anybit.scheme import Precision
 
 few = settings(max_examples=40, deadline=None)
 NETWORKS = {
-    Residual: lambda: pictures(16),
-    Depthwise: lambda: pictures(16),
-    Upsampling: lambda: pictures(16),
-    NoBatchNorm: lambda: pictures(16),
+    Residual: lambda: images(16),
+    Depthwise: lambda: images(16),
+    Upsampling: lambda: images(16),
+    NoBatchNorm: lambda: images(16),
     Tokens: lambda: torch.randint(0, 20, (16, 7), generator=torch.Generator().manual_seed(0)),
 }
 
 
 def random_weight(seed=0, planes=4, per_channel=False, **kinds) -> GatedWeight:
-    """Gates with random logits, for two channels of nine weights."""
+    """Create gates with random logits, for two channels of nine weights."""
     generator = torch.Generator().manual_seed(seed)
     weight = GatedWeight(torch.randn(2, 9, generator=generator), planes, per_channel, **kinds)
     with torch.no_grad():
@@ -342,7 +342,7 @@ def test_counted_bytes_equal_the_file_size():
 )
 def test_unreachable_budget_error_names_the_minimum_or_maximum(budget, error, words):
     with pytest.raises(error, match=words):
-        anybit.grow(make(Residual), (pictures(16), torch.zeros(16, dtype=torch.long)), budget, epochs=1, batch_size=8)
+        anybit.grow(make(Residual), (images(16), torch.zeros(16, dtype=torch.long)), budget, epochs=1, batch_size=8)
 
 
 def test_second_phase_starts_from_current_weights_in_the_range_of_remaining_planes():

@@ -1,4 +1,4 @@
-"""FlexRound's codes: at the start, after any factors, and what moves them."""
+"""FlexRound's codes: at the start, after any factors, and the gradients that move them."""
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ from anybit.numerics.ranges import weight_scale
 
 
 def problem(seed: int, groups: int, channels: int, fan_in: int, rank: int, parts: int = 1):
-    """Return (weight, hessian of this rank, scales of `parts` of each channel), with a dead input where there is room."""
+    """Return (weight, Hessian of this rank, scales of `parts` of each channel), with a dead input if the fan-in allows it."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(groups, rank, fan_in, generator=generator) @ torch.randn(groups, fan_in, fan_in, generator=generator)
     if fan_in > 2:

@@ -1,4 +1,4 @@
-"""Bits that are pulled, bits that are dropped, the budget, and what a checkpoint holds."""
+"""MSQ: bits that are pulled, bits that are dropped, the budget, and the contents of a checkpoint."""
 
 import copy
 import functools
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Depthwise, Residual, Tokens, make, pictures
+from networks import Depthwise, Residual, Tokens, images, make
 
 import anybit
 from anybit.allocation.choice import fits_budget
@@ -28,8 +28,8 @@ from anybit.scheme import Precision
 
 few = settings(max_examples=20, deadline=None)
 NETWORKS = {
-    Residual: lambda: pictures(8),
-    Depthwise: lambda: pictures(8),
+    Residual: lambda: images(8),
+    Depthwise: lambda: images(8),
     Tokens: lambda: torch.randint(0, 20, (8, 7), generator=torch.Generator().manual_seed(0)),
 }
 
@@ -44,12 +44,12 @@ def shrinking_of(cls, budget=None, **settings_):
 
 @functools.cache
 def start_of(budget):
-    """The same for a residual network, made once; to be copied."""
+    """The same for a residual network, created once; tests copy it."""
     return shrinking_of(Residual, budget)
 
 
 def step(trainee, x):
-    """Leave the gradients that one training step leaves."""
+    """Compute the gradients of one training step."""
     for parameter in trainee.model.parameters():
         parameter.grad = None
     (call(trainee.model, x).square().mean() + trainee.penalty()).backward()
@@ -168,22 +168,22 @@ def test_budgets_of_bytes_and_several_limits_are_met():
     ],
 )
 def test_unreachable_budget_error_names_the_remedy(budget, error, words):
-    labelled = (pictures(16), torch.zeros(16, dtype=torch.long))
+    labelled = (images(16), torch.zeros(16, dtype=torch.long))
     with pytest.raises(error, match=words):
         anybit.grow(make(Residual), labelled, budget, method="msq", epochs=1, batch_size=8)
 
 
-def test_each_dropped_bit_is_told_and_recorded():
-    told = []
-    labelled = (pictures(16), torch.arange(16) % 5)
-    with listening(events=lambda event, fields: told.append(fields) if event == "dropped" else None):
+def test_each_dropped_bit_is_reported_and_recorded():
+    events = []
+    labelled = (images(16), torch.arange(16) % 5)
+    with listening(events=lambda event, fields: events.append(fields) if event == "dropped" else None):
         result = anybit.grow(make(Residual), labelled, "3bit", method="msq", epochs=2, batch_size=8, dropping=1.0, drops=3)
     recorded = [one for epoch in result.report["epochs"] for one in epoch["dropped"]]
     bits = dict.fromkeys(result.scheme, 6)
-    for fields in told:
+    for fields in events:
         assert all(f"{name} {before} -> {after}" in fields["note"] for name, (before, after) in fields["layers"].items())
         for name, (before, after) in fields["layers"].items():
-            assert bits[name] == before and (before > after or fields["progress"] == told[-1]["progress"])
+            assert bits[name] == before and (before > after or fields["progress"] == events[-1]["progress"])
             assert recorded.pop(0) == {"layer": name, "from": before, "to": after, "progress": fields["progress"]}
             bits[name] = after
     assert not recorded and bits == {name: precision.weight_bits for name, precision in result.scheme.items()}
@@ -227,7 +227,7 @@ def test_a_gradient_counts_once():
 
 
 def test_interrupted_training_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    labelled = (pictures(16), torch.arange(16) % 5)
+    labelled = (images(16), torch.arange(16) % 5)
     run = {"method": "msq", "epochs": 3, "batch_size": 8, "drops": 4, "dropping": 0.8}
     whole = anybit.grow(make(Residual), labelled, "3bit", **run).save(tmp_path / "whole")
     checkpoint = tmp_path / "checkpoint"

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Depthwise, NoBatchNorm, Residual, Tokens, make, pictures
+from networks import Depthwise, NoBatchNorm, Residual, Tokens, images, make
 
 from anybit.data.batches import Batch, call
 from anybit.errors import InvalidSetting, SchemeMismatch
@@ -18,9 +18,9 @@ from anybit.supernets.prepared import make_multiquant, observe_supernet
 from anybit.supernets.settings import SupernetSettings
 
 INPUTS = {
-    Residual: lambda: pictures(16),
-    Depthwise: lambda: pictures(16),
-    NoBatchNorm: lambda: pictures(16),
+    Residual: lambda: images(16),
+    Depthwise: lambda: images(16),
+    NoBatchNorm: lambda: images(16),
     Tokens: lambda: torch.randint(0, 20, (16, 7), generator=torch.Generator().manual_seed(0)),
 }
 
@@ -245,7 +245,7 @@ def test_rejects_invalid_settings(bad):
 
 
 def test_stored_label_weight_without_effect_is_accepted():
-    """A new setting of it is rejected."""
+    """It is rejected only in new settings."""
     stored = SupernetSettings(multiquant=MultiQuantSettings(label="one-hot", label_weight=1.0))
     assert SupernetSettings.from_json(stored.to_json()) == stored
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Residual, make, pictures
+from networks import Residual, images, make
 
 from anybit.data.batches import Batch
 from anybit.methods.settings import SearchSettings
@@ -35,7 +35,7 @@ BITS = (2, 3, 4, 6, 8)
 
 def network():
     settings = CalibrateSettings(weight_bits=BITS, activation_bits=(4, 8))
-    return observe_network(make(Residual), Batch(pictures(2)), settings.options)
+    return observe_network(make(Residual), Batch(images(2)), settings.options)
 
 
 NETWORK = network()

@@ -13,9 +13,9 @@ from networks import (
     Upsampling,
     assert_untouched,
     calibration_of,
+    images,
     make,
     network_and_inputs,
-    pictures,
     run,
     snapshot,
 )
@@ -44,7 +44,7 @@ from anybit.networks.wiring import observe
 from anybit.scheme import Scheme
 
 
-def folded_network(cls, inputs=pictures):
+def folded_network(cls, inputs=images):
     model = make(cls)
     pairs = foldable(model, observe(model, Batch(inputs(2))))
     folded, promised = fold(model, pairs)
@@ -82,31 +82,31 @@ def test_non_affine_norm_folds():
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     model[1].weight = model[1].bias = None
     folded, promised = fold(model, {"0": "1"})
-    assert torch.allclose(folded(pictures(2)), model(pictures(2)), atol=1e-5)
+    assert torch.allclose(folded(images(2)), model(images(2)), atol=1e-5)
     assert torch.equal(promised["0"].mean, torch.zeros(4)) and torch.equal(promised["0"].deviation, torch.ones(4))
 
 
 def test_norm_without_running_statistics_stays():
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False, track_running_stats=False)))
-    assert foldable(model, observe(model, Batch(pictures(2)))) == {}
+    assert foldable(model, observe(model, Batch(images(2)))) == {}
 
 
 def fold_all(model: nn.Module) -> nn.Module:
-    return fold(model, foldable(model, observe(model, Batch(pictures(2)))))[0]
+    return fold(model, foldable(model, observe(model, Batch(images(2)))))[0]
 
 
 def test_folding_keeps_outputs_where_two_convolutions_share_a_weight():
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     model[2].weight = model[0].weight
     folded = fold_all(plain_weights(model))
-    assert torch.allclose(folded(pictures(2)), model(pictures(2)), atol=1e-5) and model[2].weight is model[0].weight
+    assert torch.allclose(folded(images(2)), model(images(2)), atol=1e-5) and model[2].weight is model[0].weight
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
 
 
 def test_folding_keeps_outputs_where_two_convolutions_share_a_bias():
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     model[2].bias = model[0].bias
-    assert torch.allclose(fold_all(model)(pictures(2)), model(pictures(2)), atol=1e-5)
+    assert torch.allclose(fold_all(model)(images(2)), model(images(2)), atol=1e-5)
 
 
 def test_folding_keeps_the_activation_inside_a_custom_norm():
@@ -115,7 +115,7 @@ def test_folding_keeps_the_activation_inside_a_custom_norm():
             return F.relu(super().forward(x))
 
     model = make(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), NormAct(4), nn.Conv2d(4, 2, 1)))
-    assert torch.allclose(fold_all(model)(pictures(2)), model(pictures(2)), atol=1e-5)
+    assert torch.allclose(fold_all(model)(images(2)), model(images(2)), atol=1e-5)
 
 
 def test_folding_keeps_outputs_of_a_padded_subclass():
@@ -142,7 +142,7 @@ def test_statistics_cover_the_whole_output(name):
 @pytest.mark.parametrize("cls", [Chain, Residual, Depthwise])
 def test_tuning_restores_the_float_statistics_of_each_layer(cls, bits):
     folded, model, names = rounded(cls, bits)
-    batches = [Batch(pictures(16, seed)) for seed in (1, 2)]
+    batches = [Batch(images(16, seed)) for seed in (1, 2)]
     targets = channel_statistics(folded, names, batches)
     tune(model, targets, batches)
     after = channel_statistics(model, names, batches)
@@ -159,11 +159,11 @@ def test_tuning_leaves_integer_codes_unchanged(method, bits):
     folded, model, names = rounded(Residual, bits)
     codes = {name: codes_of(layer).clone() for name, layer in quantized_layers(model).items()}
     scales = {name: layer.weight_quantizer.scale.clone() for name, layer in quantized_layers(model).items()}
-    targets = channel_statistics(folded, names, [Batch(pictures(16))])
+    targets = channel_statistics(folded, names, [Batch(images(16))])
     if method == "tune":
-        tune(model, targets, [Batch(pictures(16))])
+        tune(model, targets, [Batch(images(16))])
     else:
-        match_layers(folded, [model], targets, [Batch(pictures(16))])
+        match_layers(folded, [model], targets, [Batch(images(16))])
     for name, layer in quantized_layers(model).items():
         assert torch.equal(codes_of(layer), codes[name])
         assert (layer.weight_quantizer.scale > 0).all()
@@ -173,15 +173,15 @@ def test_tuning_leaves_integer_codes_unchanged(method, bits):
 def test_matching_the_float_network_to_itself_changes_almost_nothing():
     _, folded, pairs, _ = folded_network(Residual)
     model = prepare(folded, list(pairs))
-    batches = [Batch(pictures(16))]
+    batches = [Batch(images(16))]
     gains = tune(model, channel_statistics(folded, pairs, batches), batches)
     assert all(gain == pytest.approx(1, abs=1e-4) for gain in gains.values())
-    assert torch.allclose(model(pictures(4, 5)), folded(pictures(4, 5)), atol=1e-4)
+    assert torch.allclose(model(images(4, 5)), folded(images(4, 5)), atol=1e-4)
 
 
 def test_independently_matched_layers_have_float_statistics_on_float_inputs():
     folded, model, names = rounded(Chain, 3)
-    batches = [Batch(pictures(16))]
+    batches = [Batch(images(16))]
     targets = channel_statistics(folded, names, batches)
     match_layers(folded, [model], targets, batches)
     after = twin_statistics(folded, {name: [model.get_submodule(name)] for name in names}, batches)
@@ -191,7 +191,7 @@ def test_independently_matched_layers_have_float_statistics_on_float_inputs():
 
 def test_a_constant_channel_keeps_its_gain_and_stays_finite():
     folded, model, names = rounded(NETWORKS["zero channel"][0], 4)
-    batches = [Batch(pictures(16))]
+    batches = [Batch(images(16))]
     scale = model.conv1.weight_quantizer.scale.clone()
     tune(model, channel_statistics(folded, names, batches), batches)
     assert torch.equal(model.conv1.weight_quantizer.scale[0], scale[0])
@@ -200,7 +200,7 @@ def test_a_constant_channel_keeps_its_gain_and_stays_finite():
 
 def test_prior_shrinks_the_correction():
     folded, model, names = rounded(Chain, 2)
-    batches = [Batch(pictures(16))]
+    batches = [Batch(images(16))]
     targets = channel_statistics(folded, names, batches)
 
     def moved(prior: float) -> float:
@@ -214,12 +214,12 @@ def test_prior_shrinks_the_correction():
 @pytest.mark.parametrize("prior", [-0.1, 1.0, float("nan")])
 def test_rejects_prior_outside_0_to_1(prior):
     with pytest.raises(InvalidSetting, match="prior_weight"):
-        tune(make(Chain), {"conv1": ChannelStatistics(torch.zeros(8), torch.ones(8))}, [Batch(pictures(2))], prior)
+        tune(make(Chain), {"conv1": ChannelStatistics(torch.zeros(8), torch.ones(8))}, [Batch(images(2))], prior)
 
 
 def test_tuning_removes_its_hooks():
     folded, model, names = rounded(Chain, 4)
-    tune(model, channel_statistics(folded, names, [Batch(pictures(4))]), [Batch(pictures(4))])
+    tune(model, channel_statistics(folded, names, [Batch(images(4))]), [Batch(images(4))])
     assert not any(module._forward_hooks for network in (folded, model) for module in network.modules())
 
 
@@ -302,7 +302,7 @@ def test_reestimated_statistics_are_independent_of_batching():
 
 @pytest.mark.parametrize("cls", [Residual, Depthwise, Upsampling, Signal])
 def test_flipping_makes_gammas_positive_and_keeps_outputs(cls):
-    model, x = make(cls), (torch.randn(4, 2, 8) if cls is Signal else pictures(4))
+    model, x = make(cls), (torch.randn(4, 2, 8) if cls is Signal else images(4))
     pairs = foldable(model, observe(model, Batch(x)))
     before = model(x)
     flip_negative(model, pairs)
@@ -365,7 +365,7 @@ NORMS_THAT_FOLD = [nn.SyncBatchNorm, NormAct, GatedNorm, FrozenNorm, FrozenNormA
 
 @pytest.mark.parametrize("norm_class", NORMS_THAT_FOLD)
 def test_norm_folds_whatever_its_forward_does_afterwards(norm_class):
-    model, batch = with_norm(norm_class), Batch(pictures(4))
+    model, batch = with_norm(norm_class), Batch(images(4))
     outputs, before = run(model, batch), snapshot(model)
     folded = fold_checked(model, foldable(model, observe(model, batch)), batch, outputs)
     assert folded.norms == {"0": "1"} and not any(map(is_norm, folded.model.modules()))
@@ -377,7 +377,7 @@ def test_norm_folds_whatever_its_forward_does_afterwards(norm_class):
 
 
 def test_activation_in_a_folded_norm_belongs_to_the_layer_before_it():
-    model, batch = with_norm(FrozenNormAct), Batch(pictures(2))
+    model, batch = with_norm(FrozenNormAct), Batch(images(2))
     wiring = fold_checked(model, {"0": "1"}, batch, run(model, batch)).wiring
     x = torch.randn(8)
     assert torch.equal(wiring.activation_after("0")(x), F.hardswish(x))
@@ -395,7 +395,7 @@ class OfItsBatch(nn.BatchNorm2d):
 
 @pytest.mark.parametrize("norm_class", [ActNorm, OfItsBatch])
 def test_norm_that_reads_more_than_normalized_values_stays_with_a_reason(norm_class):
-    model, batch = with_norm(norm_class), Batch(pictures(2))
+    model, batch = with_norm(norm_class), Batch(images(2))
     wiring = observe(model, batch)
     assert foldable(model, wiring) == {}
     assert f"forward of {norm_class.__name__}" in unfolded(model, wiring, {})["1"]
@@ -416,7 +416,7 @@ class Preactivated(nn.Module):
 
 
 def test_every_unfolded_norm_has_a_reason():
-    model, batch = make(Preactivated), Batch(pictures(2))
+    model, batch = make(Preactivated), Batch(images(2))
     wiring = observe(model, batch)
     pairs = foldable(model, wiring)
     reasons = unfolded(model, wiring, pairs)

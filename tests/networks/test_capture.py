@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, Residual, assert_untouched, calibration_of, make, network_and_inputs, numbers, pictures, run, snapshot
+from networks import NETWORKS, Residual, assert_untouched, calibration_of, images, make, network_and_inputs, numbers, run, snapshot
 from torch import nn
 
 from anybit.data.batches import Batch, tensors_in
@@ -32,7 +32,7 @@ def watched(model: nn.Module, name: str, batch: Batch) -> tuple[torch.Tensor, to
 @pytest.mark.parametrize("name", ["block1", "block1.conv1", "block2.bn2", "fc"])
 def test_captured_tensors_equal_those_of_hooks(name, limit):
     """block1's input and block2.bn2's output are overwritten in place later in the forward pass."""
-    model, batches = make(Residual), [Batch(pictures(n, seed=n)) for n in (4, 4, 3)]
+    model, batches = make(Residual), [Batch(images(n, seed=n)) for n in (4, 4, 3)]
     before = snapshot(model)
     captured = capture(model, name, batches, 11, MemoryBudget(LIMITS[limit]), outputs=True)
     expected_input, outputs = watched(model, name, join(batches))
@@ -45,7 +45,7 @@ def test_captured_tensors_equal_those_of_hooks(name, limit):
 
 
 def test_disk_and_memory_give_the_same_values():
-    model, batches = make(Residual), [Batch(pictures(4, seed=seed)) for seed in range(3)]
+    model, batches = make(Residual), [Batch(images(4, seed=seed)) for seed in range(3)]
     budgets = [MemoryBudget(limit) for limit in LIMITS.values()]
     captured = [capture(model, "block2", batches, 12, budget, outputs=True) for budget in budgets]
     order = torch.tensor([7, 0, 11, 7])

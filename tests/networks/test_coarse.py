@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from networks import Residual, make, numbers, pictures
+from networks import Residual, images, make, numbers
 from torch import nn
 
 import anybit
@@ -37,7 +37,7 @@ def errors_of(network: nn.Module, inputs: torch.Tensor, bits: int = 8) -> dict[s
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_ordinary_inputs_are_not_reported(bits):
-    assert errors_of(make(Residual), pictures(16), bits) == {}
+    assert errors_of(make(Residual), images(16), bits) == {}
     assert errors_of(make(Residual), 255 * torch.rand(16, 3, 8, 8), bits) == {}
     assert errors_of(folded(), sensors(64))["0"] > 1  # worse than a constant
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Chain, assert_untouched, make, pictures, snapshot
+from networks import Chain, assert_untouched, images, make, snapshot
 from torch import Tensor, nn
 
 import anybit
@@ -34,7 +34,7 @@ class Layers(nn.Module):
 
 
 class Hooked(Layers):
-    """Hooks write into a dictionary that the forward reads."""
+    """A hook writes to a dictionary that the forward reads."""
 
     def __init__(self):
         super().__init__()
@@ -122,7 +122,7 @@ GLOBAL: dict[str, nn.Module] = {}
 
 
 def with_global() -> nn.Module:
-    """A function at the top of a script, which closes over nothing."""
+    """Its forward is a function at the top of a script, which closes over nothing."""
     model = Layers()
     code = "old = model.forward\nmodel.forward = lambda x: old(x) - model.fc.bias"
     exec(code, {"model": model})
@@ -137,7 +137,7 @@ BOUND = [
 
 @pytest.mark.parametrize("cls", BOUND, ids=lambda cls: cls.__name__)
 def test_copy_of_a_copy_uses_its_own_weights(cls):
-    model, x = make(cls), pictures(6)
+    model, x = make(cls), images(6)
     expected = predict(model, Batch(x))
     twin = copy.deepcopy(checked_copy(model, Batch(x[:2])))
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_copy_of_a_copy_uses_its_own_weights(cls):
 
 @pytest.mark.parametrize("cls", BOUND, ids=lambda cls: cls.__name__)
 def test_such_networks_are_fully_quantized_and_unchanged(cls):
-    model, x = make(cls), pictures(24)
+    model, x = make(cls), images(24)
     before = snapshot(model)
     result = anybit.calibrate(model, x, **LIGHT)
     assert_untouched(model, before)
@@ -168,7 +168,7 @@ def test_such_networks_are_fully_quantized_and_unchanged(cls):
 def test_replaced_forward_of_a_layer_reads_quantized_inputs():
     layer = prepare(nn.Sequential(make(with_layers_forward).conv), ["0"])
     quantizer = UniformQuantizer(4, False, torch.tensor(0.5), torch.tensor(8.0))
-    x = pictures(2)
+    x = images(2)
     with torch.no_grad():
         expected = layer(quantizer(x))
         quantized_layers(layer)["0"].input_quantizer = quantizer
@@ -202,7 +202,7 @@ def of_a_class_in_a_function() -> nn.Module:
 
 
 def test_dictionary_that_a_class_closes_over_is_shared_by_copies():
-    model, x = of_a_class_in_a_function(), pictures(24)
+    model, x = of_a_class_in_a_function(), images(24)
     result = anybit.calibrate(model, x, **LIGHT)
     one, other = (predict(result.model, Batch(some)) for some in (x[:4], x[4:8]))
     assert not torch.allclose(one, other)
@@ -213,7 +213,7 @@ def test_rejects_function_that_reaches_the_original_through_a_global(work):
     model = GLOBAL["network"] = make(ByGlobal)
     before = snapshot(model)
     with pytest.raises(UnsupportedModel, match=r"calls conv of the network itself.*through `self` in a method"):
-        work(model, pictures(24))
+        work(model, images(24))
     assert_untouched(model, before)
 
 
@@ -227,7 +227,7 @@ def test_weights_are_restored_bitwise_after_a_failing_pass():
     model = GLOBAL["network"] = make(Failing)
     before, places = snapshot(model), [tensor.data_ptr() for tensor in model.parameters()]
     with pytest.raises(UnsupportedModel):
-        checked_copy(model, Batch(pictures(2)))
+        checked_copy(model, Batch(images(2)))
     assert_untouched(model, before)
     assert [tensor.data_ptr() for tensor in model.parameters()] == places
 
@@ -237,7 +237,7 @@ def test_forward_that_overwrites_its_input_gets_a_copy():
         def forward(self, x):
             return super().forward(x.sub_(1).mul_(2))
 
-    x = pictures(24)
+    x = images(24)
     before = x.clone()
     result = anybit.calibrate(make(Centred), x, **LIGHT)
     assert torch.equal(x, before)
@@ -247,7 +247,7 @@ def test_forward_that_overwrites_its_input_gets_a_copy():
 
 
 class Squeezed(nn.Module):
-    """Squeezes a batch of one, so that the linear layer takes the rest for one sample."""
+    """Squeezes a batch of one, so the linear layer reads the rest as a single sample."""
 
     def __init__(self):
         super().__init__()
@@ -266,18 +266,18 @@ class SqueezedAway(Squeezed):
 
 @pytest.mark.parametrize("cls", [Squeezed, SqueezedAway])
 def test_left_over_sample_joins_the_previous_batch(cls):
-    result = anybit.calibrate(make(cls), pictures(17), batch_size=4, held_out=0.5, **LIGHT)
+    result = anybit.calibrate(make(cls), images(17), batch_size=4, held_out=0.5, **LIGHT)
     assert set(result.scheme) == {"conv", "fc"}
 
 
 def test_rejects_squeezed_batch_of_one_with_a_remedy():
     for settings in ({"batch_size": 1}, {"held_out": 0.01}):
         with pytest.raises(UnsupportedModel, match=r"flatten\(1\)"):
-            anybit.calibrate(make(Squeezed), pictures(8), **{**LIGHT, **settings})
+            anybit.calibrate(make(Squeezed), images(8), **{**LIGHT, **settings})
 
 
 def test_scalar_output_is_the_row_of_one_sample():
-    x = pictures(8)
+    x = images(8)
     whole, single = (anybit.calibrate(make(SqueezedAway), x, batch_size=size, **LIGHT) for size in (8, 1))
     assert whole.about["task"] == single.about["task"] == "regression"
     assert single.report["schemes"][0]["measured"] == pytest.approx(whole.report["schemes"][0]["measured"], rel=0.2)

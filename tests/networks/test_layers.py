@@ -10,11 +10,11 @@ from networks import (
     PaddedConv2d,
     Residual,
     assert_untouched,
+    images,
     make,
     matrices,
     network_and_inputs,
     numbers,
-    pictures,
     run,
     snapshot,
 )
@@ -224,7 +224,7 @@ def test_layer_can_be_called_by_keyword():
 
 @pytest.mark.parametrize("cls", [Residual, Depthwise, Padded])
 def test_emptied_network_computes_with_slot_weights_and_can_be_prepared_again(cls):
-    model, x = make(cls), pictures(4)
+    model, x = make(cls), images(4)
     names, _ = coverage(model)
     filled = prepare(model, names)
     for layer in quantized_layers(filled).values():

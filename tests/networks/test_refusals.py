@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import Chain, Tokens, assert_untouched, make, matrices, numbers, pictures, snapshot, tokens
+from networks import Chain, Tokens, assert_untouched, images, make, matrices, numbers, snapshot, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -70,7 +70,7 @@ class Layered(nn.Module):
 
 
 class Joined(Layered):
-    """A layered part beside its input: summed, summed in place, multiplied, or concatenated and mixed."""
+    """Layers whose output is joined with their input: summed, summed in place, multiplied, or concatenated and mixed."""
 
     def __init__(self, mode: str, *parts: str):
         super().__init__(*parts)
@@ -86,7 +86,7 @@ class Joined(Layered):
 
 
 class Aliased(Layered):
-    """Its modules have two names and run under the second."""
+    """Modules with two names, called by the second."""
 
     def __init__(self, *parts: str):
         super().__init__(*parts)
@@ -112,7 +112,7 @@ class Chosen(Layered):
 
 
 class Peeked(Layered):
-    """Something besides the norm reads, or overwrites, the convolution's output."""
+    """Another reader than the norm reads, or overwrites, the convolution's output."""
 
     def __init__(self, mode: str, *parts: str):
         super().__init__(*parts)
@@ -274,7 +274,7 @@ class Answer:
 
 
 FRONTS = {
-    "picture": lambda count: numbers(count, 3, 6, 6),
+    "image": lambda count: numbers(count, 3, 6, 6),
     "channels last": lambda count: numbers(count, 3, 6, 6).contiguous(memory_format=torch.channels_last),
     "tokens": tokens,
     "named": lambda count: {"x": numbers(count, 3, 6, 6), "vector": numbers(count, 4)},
@@ -290,7 +290,7 @@ OUTPUTS = {
 
 
 class Composed(nn.Module):
-    """A front, parts and a head, as drawn by hypothesis."""
+    """A stem, parts and a head, as drawn by hypothesis."""
 
     def __init__(self, front: str, blocks: list[tuple[type, tuple]], output: str):
         super().__init__()
@@ -445,7 +445,7 @@ def with_forward(forward) -> nn.Module:
 
 def calibrated(model: nn.Module, data: Any = None, **changes: Any):
     budget = None if "keep" in changes else "6bit"  # layers kept float may be most of the network
-    return anybit.calibrate(model, pictures(24) if data is None else data, budget, **{"pipeline": "light", **TINY, **changes})
+    return anybit.calibrate(model, images(24) if data is None else data, budget, **{"pipeline": "light", **TINY, **changes})
 
 
 def rejected_by_calibrate(model: nn.Module, *parts: str, data: Any = None, error: type = UnsupportedModel, **changes: Any) -> None:
@@ -470,7 +470,7 @@ def test_wrapped_network_keeps_original_names_and_identical_bytes(wrapper, tmp_p
     assert list(result.scheme) == ["conv1", "conv2", "fc"]
     files = [(one.save(tmp_path / name) / "model.safetensors").read_bytes() for name, one in (("a", result), ("b", twin))]
     assert files[0] == files[1]
-    assert torch.equal(anybit.load(tmp_path / "a", model=wrapped)(pictures(4)), result.model(pictures(4)))
+    assert torch.equal(anybit.load(tmp_path / "a", model=wrapped)(images(4)), result.model(images(4)))
 
 
 def test_wrapped_part_is_unwrapped_in_a_copy():
@@ -502,7 +502,7 @@ def test_rejects_name_that_no_file_can_hold_before_any_work(kind):
 
 def test_accepts_parameters_created_in_inference_mode():
     with torch.inference_mode():
-        model, data = make(Chain), pictures(24)
+        model, data = make(Chain), images(24)
     assert list(calibrated(model, data, pipeline="advanced").scheme) == ["conv1", "conv2", "fc"]
 
 
@@ -537,7 +537,7 @@ def test_batch_norm_with_a_shared_input_is_not_folded(reader):
         return self.fc(self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(y))))).mean((2, 3))) + aside
 
     model = with_forward(forward)
-    assert foldable(model, observe(model, Batch(pictures(2)))) == {"conv2": "bn2"}
+    assert foldable(model, observe(model, Batch(images(2)))) == {"conv2": "bn2"}
 
 
 def test_in_place_write_between_layer_and_batch_norm_prevents_folding():
@@ -547,7 +547,7 @@ def test_in_place_write_between_layer_and_batch_norm_prevents_folding():
         z = self.conv2(y)
         return self.fc(self.bn2(z).mean((2, 3)))
 
-    wiring = observe(with_forward(forward), Batch(pictures(2)))
+    wiring = observe(with_forward(forward), Batch(images(2)))
     assert wiring.batch_norm_after("conv1") is None and not wiring.feeds("conv1", "conv2")
     assert wiring.batch_norm_after("conv2") == "bn2"
 
@@ -584,7 +584,7 @@ class Levels(nn.Module):
 
 
 class TiedScores(nn.Module):
-    """The weight of an embedding, also multiplied by a module that is not a layer."""
+    """An embedding whose weight is also used in a product by a module that is not a layer."""
 
     def __init__(self, weight):
         super().__init__()
@@ -618,7 +618,7 @@ class TiedLinear(Tokens):
 @pytest.mark.parametrize("pipeline", ["light", "advanced"])
 @pytest.mark.parametrize(
     ("cls", "data", "tied"),
-    [(Levels, pictures, ("near", "far")), (TiedHead, tokens, ("words",)), (TiedLinear, tokens, ("words", "scores"))],
+    [(Levels, images, ("near", "far")), (TiedHead, tokens, ("words",)), (TiedLinear, tokens, ("words", "scores"))],
 )
 def test_layers_that_share_a_weight_get_separate_ones(cls, data, tied, pipeline, tmp_path):
     model = make(cls)
@@ -634,7 +634,7 @@ def test_layers_that_share_a_weight_get_separate_ones(cls, data, tied, pipeline,
 
 def test_one_of_two_layers_with_a_shared_weight_may_stay_float():
     model = make(Levels)
-    result = calibrated(model, pictures(24), keep={"near": "float"})
+    result = calibrated(model, images(24), keep={"near": "float"})
     layers = quantized_layers(result.model)
     assert layers["near"].weight_quantizer is None and layers["far"].weight_quantizer is not None
     assert torch.equal(model.near.weight, model.far.weight)
@@ -650,7 +650,7 @@ def test_buffers_changed_by_a_pass_are_saved_with_their_original_values(tmp_path
 
 @pytest.mark.parametrize("scored", ["test", "several outputs"])
 def test_scoring_restores_buffers_changed_by_a_pass(scored, tmp_path):
-    model, x = plain(relu1=Counting("plain", "none", "relu")), pictures(24)
+    model, x = plain(relu1=Counting("plain", "none", "relu")), images(24)
     labelled = (x, model(x).argmax(1)) if scored == "test" else None
     if scored == "several outputs":
         model = make(type("Two", (Plain,), {"forward": lambda self, x: (Plain.forward(self, x), Plain.forward(self, x).square())}))
@@ -722,7 +722,7 @@ COMPUTED = {
 def with_computed(kind: str) -> nn.Module:
     model = plain()
     COMPUTED[kind](model.conv2)
-    model.eval()(pictures(2))
+    model.eval()(images(2))
     return model
 
 
@@ -730,14 +730,14 @@ def with_computed(kind: str) -> nn.Module:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_computed_weight_becomes_plain_on_a_copy(kind, tmp_path):
     model = with_computed(kind)
-    before, outputs = snapshot(model), model(pictures(4))
+    before, outputs = snapshot(model), model(images(4))
     copied = adapted_network(model)
-    assert set(copied.state_dict()) == set(plain().state_dict()) and torch.allclose(copied.eval()(pictures(4)), outputs, atol=1e-5)
+    assert set(copied.state_dict()) == set(plain().state_dict()) and torch.allclose(copied.eval()(images(4)), outputs, atol=1e-5)
     assert adapted_network(copied) is copied
     result = calibrated(model)
     assert_untouched(model, before)
     loaded = anybit.load(result.save(tmp_path / "run"), model=model)
-    assert torch.equal(loaded(pictures(4)), result.model(pictures(4)))
+    assert torch.equal(loaded(images(4)), result.model(images(4)))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -800,7 +800,7 @@ def test_half_precision_layer_may_be_kept_float_with_its_batch_norm(tmp_path):
     model.conv1.half(), model.bn1.half()
     result = calibrated(model, keep={"conv1": "float"}, pipeline="advanced")
     assert result.canonical.folded == {"conv2": "bn2"}
-    assert torch.equal(anybit.load(result.save(tmp_path / "run"), model=model)(pictures(4)), result.model(pictures(4)))
+    assert torch.equal(anybit.load(result.save(tmp_path / "run"), model=model)(images(4)), result.model(images(4)))
 
 
 def test_uncopyable_attribute_is_named_with_its_module():
@@ -827,11 +827,11 @@ SURROUNDINGS = {
 @pytest.mark.parametrize("kind", SURROUNDINGS)
 def test_layer_that_cannot_run_alone_is_named(kind):
     rejected_by_calibrate(with_forward(SURROUNDINGS[kind]), "Layer conv1 runs", kind)
-    assert torch.isfinite(with_forward(SURROUNDINGS[kind])(pictures(2))).all()  # evaluation is unaffected
+    assert torch.isfinite(with_forward(SURROUNDINGS[kind])(images(2))).all()  # evaluation is unaffected
 
 
 def test_a_float_network_under_autocast_is_evaluated():
-    data = (pictures(8), torch.arange(8) % 5)
+    data = (images(8), torch.arange(8) % 5)
     assert anybit.evaluate(with_forward(SURROUNDINGS["autocast"]), data)["samples"] == 8
 
 
@@ -855,13 +855,13 @@ def test_block_without_gradients_is_named():
 
 
 def sometimes(chooses):
-    """The forward calls `fc` again where `chooses(x)`."""
+    """The forward calls `fc` again if `chooses(x)`."""
     return lambda self, x: self.fc(self.body(x)) if not chooses(x) else self.fc(self.fc(self.body(x)).repeat(1, 2)[:, :8])
 
 
 CHOICES = {
     "by size": sometimes(lambda x: len(x) > 2),
-    "by value": sometimes(lambda x: bool((x == pictures(24).max()).any())),
+    "by value": sometimes(lambda x: bool((x == images(24).max()).any())),
     "not at all": lambda self, x: self.fc(self.body(x)) if len(x) <= 2 else self.body(x)[:, :5],
 }
 
@@ -920,12 +920,12 @@ def test_inputs_of_every_dtype_reach_the_network():
         return Plain.forward(self, torch.view_as_real(x).mean(-1) if x.is_complex() else x.float())
 
     for data, taken in (
-        (torch.complex(pictures(24), pictures(24, 2)), torch.complex64),
-        (pictures(24).to(torch.complex128), torch.complex64),
-        (pictures(24).bfloat16(), torch.float32),
-        (pictures(24).half(), torch.float32),
-        (pictures(24).double(), torch.float32),
-        (pictures(24).long(), torch.int64),
+        (torch.complex(images(24), images(24, 2)), torch.complex64),
+        (images(24).to(torch.complex128), torch.complex64),
+        (images(24).bfloat16(), torch.float32),
+        (images(24).half(), torch.float32),
+        (images(24).double(), torch.float32),
+        (images(24).long(), torch.int64),
     ):
         seen.clear()
         calibrated(with_forward(forward), data)
@@ -933,13 +933,13 @@ def test_inputs_of_every_dtype_reach_the_network():
 
 
 def test_rejects_infinite_complex_inputs():
-    data = torch.complex(pictures(24), pictures(24, 2))
+    data = torch.complex(images(24), images(24, 2))
     data[3, 0, 0, 0] = complex(0, float("nan"))
     rejected_by_calibrate(with_forward(lambda self, x: Plain.forward(self, x.abs())), "NaN", data=data, error=InvalidInput)
 
 
 def test_rejects_samples_that_cannot_be_batched():
-    data = Samples([Answer(picture) for picture in pictures(24)], labelled=False)
+    data = Samples([Answer(image) for image in images(24)], labelled=False)
     rejected_by_calibrate(plain(), "Answer", "collate_fn", data=data, error=InvalidInput)
 
 
@@ -953,7 +953,7 @@ def test_training_roads_reject_with_the_same_names(road):
     ):
         before = snapshot(model)
         with pytest.raises(AnybitError) as caught:
-            getattr(anybit, road)(model, pictures(24), distill=1.0, epochs=1, batch_size=8, **settings)
+            getattr(anybit, road)(model, images(24), distill=1.0, epochs=1, batch_size=8, **settings)
         assert part in str(caught.value)
         assert_untouched(model, before)
 

@@ -75,7 +75,7 @@ class Standardized(nn.Conv2d):
 
 
 class Tied(nn.Module):
-    """An embedding whose weight is also multiplied with."""
+    """An embedding whose weight is also used in a product."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class Tied(nn.Module):
 
 
 class Attending(nn.Module):
-    """PyTorch's attention: self-attention, cross-attention of other widths, with the attention weights returned."""
+    """PyTorch's attention: self-attention, cross-attention of other widths, and attention that also returns its weights."""
 
     def __init__(self):
         super().__init__()

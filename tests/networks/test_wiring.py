@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, CalledTwice, Chain, Residual, assert_untouched, make, network_and_inputs, numbers, pictures, snapshot
+from networks import NETWORKS, CalledTwice, Chain, Residual, assert_untouched, images, make, network_and_inputs, numbers, snapshot
 from torch import nn
 
 import anybit
@@ -15,7 +15,7 @@ from anybit.networks.layer_types import COVERED
 from anybit.networks.norms import BATCH_NORMS
 from anybit.networks.wiring import BATCH_NORM, LAYER, observe
 
-PICTURES = Batch(pictures(2))
+IMAGES = Batch(images(2))
 VALUES = numbers(64) * 8
 
 
@@ -67,7 +67,7 @@ RELU6S = {
 
 
 def activation_of(activate, module="conv1"):
-    return observe(make(lambda: Forms(activate, SUMS["operator"])), PICTURES).activation_after(module)
+    return observe(make(lambda: Forms(activate, SUMS["operator"])), IMAGES).activation_after(module)
 
 
 @pytest.mark.parametrize("form", RELUS)
@@ -98,23 +98,23 @@ def test_observed_activation_leaves_its_input_unchanged():
 
 @pytest.mark.parametrize("form", SUMS)
 def test_relu_after_a_residual_sum_is_not_of_the_convolution(form):
-    wiring = observe(make(lambda: Forms(F.relu, SUMS[form])), PICTURES)
+    wiring = observe(make(lambda: Forms(F.relu, SUMS[form])), IMAGES)
     assert wiring.activation_after("conv2") is None
     assert [operation.kind for operation in wiring.joins()] == ["add"]
 
 
 def test_functional_in_place_and_module_forms_give_the_same_wiring():
-    def picture(activate, add):
-        wiring = observe(make(lambda: Forms(activate, add)), PICTURES)
+    def image(activate, add):
+        wiring = observe(make(lambda: Forms(activate, add)), IMAGES)
         return [(op.kind, op.inputs, op.outputs, op.shape) for op in wiring.operations]
 
     relus = {name: relu for name, relu in RELUS.items() if name != "clamp"}
-    pictures_seen = [picture(relu, add) for relu in relus.values() for add in SUMS.values()]
-    assert all(seen == pictures_seen[0] for seen in pictures_seen)
+    images_seen = [image(relu, add) for relu in relus.values() for add in SUMS.values()]
+    assert all(seen == images_seen[0] for seen in images_seen)
 
 
 def test_detects_the_batch_norm_after_each_layer():
-    wiring = observe(make(Residual), PICTURES)
+    wiring = observe(make(Residual), IMAGES)
     observed = {name: wiring.batch_norm_after(name) for name in wiring.layer_names()}
     assert observed == {
         "conv": "bn", "block1.conv1": "block1.bn1", "block1.conv2": "block1.bn2", "block2.conv1": "block2.bn1",
@@ -147,24 +147,24 @@ class NormOf(nn.Module):
     ids=["layer twice", "norm twice", "second reader", "given out", "relu between", "norm before", "functional"],
 )
 def test_unfoldable_batch_norm_is_not_paired(wire):
-    assert observe(make(lambda: NormOf(wire)), PICTURES).batch_norm_after("conv") is None
+    assert observe(make(lambda: NormOf(wire)), IMAGES).batch_norm_after("conv") is None
 
 
 def test_blocks_are_the_innermost_joining_modules_and_others_of_their_class():
     model = make(Residual)
-    assert observe(model, PICTURES).blocks() == ["block1", "block2"]
+    assert observe(model, IMAGES).blocks() == ["block1", "block2"]
     model.block1.forward = lambda x: F.relu(model.block1.bn1(model.block1.conv1(x)))  # the first of its class has no shortcut
-    assert observe(model, PICTURES).blocks() == ["block1", "block2"]
-    assert observe(make(lambda: nn.Sequential(make(Residual))), PICTURES).blocks() == ["0.block1", "0.block2"]
+    assert observe(model, IMAGES).blocks() == ["block1", "block2"]
+    assert observe(make(lambda: nn.Sequential(make(Residual))), IMAGES).blocks() == ["0.block1", "0.block2"]
 
 
 def test_join_in_the_root_makes_no_block():
-    wiring = observe(make(lambda: Forms(F.relu, torch.add)), PICTURES)
+    wiring = observe(make(lambda: Forms(F.relu, torch.add)), IMAGES)
     assert wiring.joins() and wiring.blocks() == []
 
 
 def test_accepts_named_blocks_and_rejects_wrong_ones():
-    wiring = observe(make(Residual), PICTURES)
+    wiring = observe(make(Residual), IMAGES)
     assert wiring.blocks(["block2"]) == ["block2"]
     with pytest.raises(InvalidSetting, match="block9"):
         wiring.blocks(["block9"])
@@ -173,7 +173,7 @@ def test_accepts_named_blocks_and_rejects_wrong_ones():
 
 
 def test_every_layer_is_in_exactly_one_unit():
-    wiring = observe(make(Residual), PICTURES)
+    wiring = observe(make(Residual), IMAGES)
     for blocks in ([], ["block2"], wiring.blocks()):
         units = wiring.units(wiring.layer_names(), blocks)
         assert Counter(layer for unit in units for layer in unit.layers) == Counter(wiring.layer_names())
@@ -181,7 +181,7 @@ def test_every_layer_is_in_exactly_one_unit():
 
 
 def test_records_every_reader_of_a_tensor():
-    wiring = observe(make(Residual), PICTURES)
+    wiring = observe(make(Residual), IMAGES)
     block_input = wiring.operation("block1.conv1").inputs[0]
     assert {op.name for op in wiring.readers(block_input)} == {"block1.conv1", "block1/add"}
 
@@ -215,8 +215,8 @@ def test_edge_names_of_a_repeated_layer_are_unique():
 
 def test_edge_is_after_the_activation():
     model = make(Residual)
-    folded, _ = fold(model, foldable(model, observe(model, PICTURES)))
-    edges = observe(folded, PICTURES).edges()
+    folded, _ = fold(model, foldable(model, observe(model, IMAGES)))
+    edges = observe(folded, IMAGES).edges()
     assert "block1/add" not in edges and "conv" not in edges and "fc" in edges
 
 
@@ -232,7 +232,7 @@ def test_observing_keeps_the_mode_of_each_module():
     model = make(Chain).train()
     model.bn1.eval()
     before = snapshot(model)
-    observe(model, PICTURES)
+    observe(model, IMAGES)
     assert_untouched(model, before)
 
 
@@ -249,10 +249,10 @@ def test_observing_leaves_no_hooks_after_an_error():
 def test_any_error_of_the_model_is_reported_as_an_input_error(error):
     class Strict(Chain):
         def forward(self, x):
-            raise error("8 x 8 pictures alone")
+            raise error("8 x 8 images alone")
 
-    with pytest.raises(InvalidInput, match="8 x 8 pictures alone"):
-        observe(make(Strict), PICTURES)
+    with pytest.raises(InvalidInput, match="8 x 8 images alone"):
+        observe(make(Strict), IMAGES)
 
 
 def test_rejects_model_without_tensor_output():
@@ -261,17 +261,17 @@ def test_rejects_model_without_tensor_output():
             return "done"
 
     with pytest.raises(UnsupportedModel, match="str"):
-        observe(make(Silent), PICTURES)
+        observe(make(Silent), IMAGES)
 
 
 def test_values_are_passed_as_they_are_computed():
     model = make(Chain)
     shown = {}
-    observe(model, PICTURES, lambda name, tensor: shown.setdefault(name, tensor.clone()))
+    observe(model, IMAGES, lambda name, tensor: shown.setdefault(name, tensor.clone()))
     twin = copy.deepcopy(model)
-    assert torch.equal(shown["input/0"], PICTURES.inputs)
-    assert torch.equal(shown["conv1"], twin.conv1(PICTURES.inputs))
-    assert torch.equal(shown["fc"], twin(PICTURES.inputs))
+    assert torch.equal(shown["input/0"], IMAGES.inputs)
+    assert torch.equal(shown["conv1"], twin.conv1(IMAGES.inputs))
+    assert torch.equal(shown["fc"], twin(IMAGES.inputs))
 
 
 def test_function_named_norm_is_not_a_batch_norm():
@@ -298,7 +298,7 @@ def test_lookups_agree_with_linear_search(name):
 
 
 class Untracked(torch.autograd.Function):
-    """No function mode sees what it computes."""
+    """Its computation is invisible to function modes."""
 
     @staticmethod
     def forward(ctx, x):
@@ -306,7 +306,7 @@ class Untracked(torch.autograd.Function):
 
 
 class Places(nn.Module):
-    """Layers on hashed words, on positions, and on what an unseen function computes."""
+    """Layers that read hashed words, positions, and the output of an invisible function."""
 
     def __init__(self):
         super().__init__()

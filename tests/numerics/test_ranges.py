@@ -129,7 +129,7 @@ def test_mse_clips_an_outlier_that_minmax_covers():
 @given(tensors((30,)), st.integers(2, 8), st.sampled_from([1.0, 2.0**-100, 2.0**100]))
 def test_mse_ranges_are_those_of_an_exhaustive_search(sample, bits, size):
     def error(low, high):
-        """In float64, whose range holds the square of any float32."""
+        """Computed in float64, whose range holds the square of any float32."""
         scale, zero_point = affine_from_ends(low, high, bits)
         return float(squared_error(sample.double() * size, scale.double(), zero_point.double(), quant_limits(bits, signed=False)).sum())
 

@@ -1,4 +1,4 @@
-"""The cached exported graph: the same bytes as a new export, with other weights and bits too, and only for the network it belongs to."""
+"""The cached exported graph gives the same bytes as a new export, also with other weights and bits, and only for its own network."""
 
 import os
 import random
@@ -24,7 +24,7 @@ from anybit.onnx.file import exported
 from anybit.onnx.traces import graph_digest
 from anybit.scheme import Precision
 
-PICTURE = (3, 12, 12)
+IMAGE = (3, 12, 12)
 
 
 def activations():
@@ -33,7 +33,7 @@ def activations():
     return nn.Sequential(*(module for function in functions for module in (nn.Conv2d(3, 3, 1), function)), nn.Conv2d(3, 3, 1))
 
 
-NETWORKS = {name: EXACT[name] for name in ("relu", "gated", "joined", "mixed", "asymmetric")} | {"activations": (activations, PICTURE)}
+NETWORKS = {name: EXACT[name] for name in ("relu", "gated", "joined", "mixed", "asymmetric")} | {"activations": (activations, IMAGE)}
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def cached_alike(tmp_path_factory):
 
 @pytest.fixture
 def alike(cached_alike, tmp_path):
-    """The same; the folder is this test's own."""
+    """The same, with a folder that this test may change."""
     canonical, expected, folder = cached_alike
     return canonical, expected, shutil.copytree(folder, tmp_path / "cache")
 
@@ -155,7 +155,7 @@ def scaled(x):
 
 
 class Plain(nn.Module):
-    """The network whose digest is the key; each change of it is another network."""
+    """The network whose digest is the key; each change of it makes another network."""
 
     def __init__(self, stride=1, eps=1e-5, factor=1.0, width=8):
         super().__init__()
@@ -168,7 +168,7 @@ class Plain(nn.Module):
 
 
 class Branching(Plain):
-    """Another forward for batch sizes that are not tried."""
+    """Computes something else at batch sizes that are not tried."""
 
     def forward(self, x):
         return super().forward(x) if len(x) < 100 else super().forward(-x)
@@ -188,7 +188,7 @@ class Returning(Plain):
         return {"logits": super().forward(x)}
 
 
-def digest_of(model, shape=PICTURE, dtype=torch.float32):
+def digest_of(model, shape=IMAGE, dtype=torch.float32):
     return graph_digest(model.eval(), torch.ones(2, *shape, dtype=dtype), None)
 
 
@@ -338,14 +338,14 @@ def test_memory_holds_only_the_most_recent_graphs(calls, monkeypatch):
 ELSEWHERE = """
 import sys, warnings
 import torch
-from networks import Residual, make, pictures
+from networks import Residual, make, images
 import anybit
 
 def refuse(*args, **settings):
     raise AssertionError("the exporter is called")
 
 torch.onnx.export = refuse
-model, data = make(Residual), pictures(40)
+model, data = make(Residual), images(40)
 assert anybit.verify(sys.argv[1], sys.argv[2], model=model, data=data)["ok"]
 anybit.bench(sys.argv[1], sys.argv[2], model=model, data=data, rounds=1)
 anybit.bench(sys.argv[1], model=model, data=data, rounds=1, batch_size=40)

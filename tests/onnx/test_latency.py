@@ -8,7 +8,7 @@ import torch
 from exported import EXACT, inputs
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Residual, make, pictures
+from networks import Residual, images, make
 
 import anybit
 from anybit.data.batches import Batch
@@ -83,7 +83,7 @@ def test_budget_counts_at_least_the_predicted_latency(chosen):
 
 @cache
 def observed_residual():
-    return ready(make(Residual), Batch(pictures(2)))
+    return ready(make(Residual), Batch(images(2)))
 
 
 @pytest.mark.parametrize("name", ["relu", "silu", "mixed"])
@@ -98,7 +98,7 @@ def test_measured_parts_add_up_to_measured_wholes(name):
 
 
 def test_latency_budget_is_met_and_measured_again(quick, full_disk):
-    model, data = make(Residual), pictures(40)
+    model, data = make(Residual), images(40)
     quick |= {"activation_bits": (8, None), "pipeline": "light"}
     with pytest.raises(InvalidSetting, match=r"anybit\.profile"):
         anybit.calibrate(model, data, "latency=2ms", **quick)
@@ -128,7 +128,7 @@ def test_allocate_supports_latency(run_folder, calibrated):
 
 
 def test_search_and_extract_support_latency(tmp_path):
-    x = pictures(40)
+    x = images(40)
     labelled = x, torch.arange(40) % 5
     folder = anybit.train(make(Residual), labelled, bits=(2, 8), epochs=1, batch_size=16, held_out=0.3).save(tmp_path / "supernet")
     options = {"model": make(Residual), "data": labelled}
@@ -156,7 +156,7 @@ def test_search_and_extract_support_latency(tmp_path):
 
 
 def test_profile_is_reused_only_for_the_same_network():
-    data = pictures(4)
+    data = images(4)
     first = anybit.profile(make(Residual), data, rounds=1)
     again = anybit.profile(make(Residual, seed=3), data, rounds=1)  # other weights, the same shape
     assert not first["recalled"] and again["recalled"] and again["layers"] == first["layers"]
@@ -167,7 +167,7 @@ def test_profile_is_reused_only_for_the_same_network():
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_table_depends_on_which_layers_may_be_integer(first):
     networks = {
-        name: observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings((8,), (8, None), keep=keep).options)
+        name: observe_network(make(Residual), Batch(images(2)), CalibrateSettings((8,), (8, None), keep=keep).options)
         for name, keep in {"a": {"*conv1": Precision(4, None)}, "b": {}}.items()
     }
     save_table(networks[first], table_of(networks[first].names), {})
@@ -177,7 +177,7 @@ def test_table_depends_on_which_layers_may_be_integer(first):
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"layers": {"x": 1}}', '{"layers": 3}'])
 def test_damaged_table_is_named(content):
-    observed = ready(make(Residual), Batch(pictures(2)))
+    observed = ready(make(Residual), Batch(images(2)))
     save_table(observed, table_of(observed.names), {})
     place = _table_file(observed, 1)
     assert place is not None

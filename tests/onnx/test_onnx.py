@@ -142,7 +142,7 @@ def test_runtime_equals_the_integer_reference(name, seed, tmp_path):
 @pytest.mark.parametrize("precision", [Precision(8, 8), Precision(7, 8), Precision(8, 7), Precision(2, 8)], ids=str)
 @pytest.mark.parametrize("name", ["joined", "mixed"])
 def test_saturating_layers_are_named_and_summed_exactly(name, precision, tmp_path):
-    """Two products of 8-bit codes can exceed 16 bits, the accumulator of some processors unless a session asks for more."""
+    """Two products of 8-bit codes can exceed 16 bits, the accumulator of some processors unless a session asks for a wider one."""
     canonical, graphs, batch = canonical_and_graphs(name, precision=precision)
     save(graphs.integer, tmp_path / "net.onnx")
     file = load(tmp_path / "net.onnx")
@@ -272,7 +272,7 @@ def test_layer_kept_float_between_integer_ones_stays_float(tmp_path):
 
 @pytest.mark.parametrize("between", [[], [nn.ReLU()], [nn.ReLU6()]], ids=["", "relu", "relu6"])
 def test_pool_after_a_float_layer_is_rounded_after_pooling(between, tmp_path, monkeypatch):
-    """To the same numbers: the runtime's maximum of floats is fast, that of codes in its float layout is slow."""
+    """The numbers are the same: the runtime computes the maximum of floats fast, that of codes in their float layout slowly."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3), *between, nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)]
     batch = inputs((3, 16, 16))
@@ -528,7 +528,7 @@ def verdict_of(canonical, graphs, batch, folder):
 @exactly
 @pytest.mark.parametrize("width", [8, 6])
 def test_a_transposed_operand_is_compared_as_its_operator_reads_it(width, tmp_path):
-    """Its shape says nothing where tokens are as many as their numbers; where they are not, its codes were not compared at all."""
+    """Shapes cannot tell it if there are as many tokens as channels; otherwise its codes were once not compared at all."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -764,7 +764,7 @@ def test_layer_that_no_output_depends_on_is_left_out(tmp_path):
 
 
 class Positions(nn.Embedding):
-    """Looks up positions from 2 on; reads tokens, whose number alone it takes."""
+    """Looks up positions from 2 on; of the tokens, it uses only their number."""
 
     def __init__(self, of_the_tokens):
         super().__init__(12, 6)
@@ -808,7 +808,7 @@ def test_a_layer_may_have_the_names_that_the_runtime_makes(tmp_path):
 
 
 def test_layers_where_autocast_is_turned_off_are_found_in_the_graph(tmp_path):
-    """Linear attention divides in float32, whatever is around it."""
+    """Linear attention divides in float32, whatever surrounds it."""
 
     def function(s, x):
         with torch.autocast("cpu", enabled=False):
@@ -1011,7 +1011,7 @@ def test_verify_detects_exchanged_outputs(tmp_path):
 
 
 def test_verify_uses_ranges_measured_by_the_export(tmp_path):
-    """Other inputs than the export's would give other ranges, but the file is still the run's."""
+    """Inputs other than the export's would give other ranges, but the file still belongs to the run."""
     torch.manual_seed(0)
     network = Odd(lambda s, x: s.b(s.norm(s.a(x))), a=conv(3, 8), norm=nn.GroupNorm(2, 8), b=conv(8, 4))
     batch = inputs((3, 8, 8))
@@ -1028,7 +1028,7 @@ def test_verify_uses_ranges_measured_by_the_export(tmp_path):
 
 
 def test_run_from_before_rounded_edges_opens_and_exports(tmp_path):
-    """Its scheme.json lists no rounded edges: its outputs stay the same, and its file's simulation rounds them."""
+    """Its scheme.json lists no rounded edges: its outputs stay the same, and the simulation of its file rounds them."""
     torch.manual_seed(0)
     network = Odd(lambda s, x: s.a(x) + s.b(x), a=conv(3, 4), b=conv(3, 4)).eval()
     x = inputs((3, 8, 8)).inputs

@@ -7,7 +7,7 @@ import pytest
 from commands import anybit_cli, one_json_object
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Chain, make, pictures
+from networks import Chain, images, make
 
 import anybit
 from anybit.reports.comparison import _differences, diff
@@ -68,7 +68,7 @@ def test_runs_of_all_roads_compare_symmetrically(folders):
 
 
 def test_different_networks_compare_by_common_names(folders, quick, tmp_path):
-    other = anybit.calibrate(make(Chain), pictures(40), "4bit", **quick).save(tmp_path / "other")
+    other = anybit.calibrate(make(Chain), images(40), "4bit", **quick).save(tmp_path / "other")
     differences = diff(folders["calibrated"], other)
     assert differences["shared_layers"] == 1  # fc
     bits = differences["differences"]["bits"]

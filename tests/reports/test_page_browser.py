@@ -62,18 +62,18 @@ def page(opened, plain):
 
 
 def shown(page):
-    """The slider's text: size, bits per weight, predicted loss, and the scheme."""
+    """Read the slider's text: size, bits per weight, predicted loss, and the scheme."""
     amounts = [page.locator(f"[data-show={key}]").inner_text() for key in ("size", "bits", "loss")]
     return (*amounts, tuple(page.locator("[data-layer]").all_inner_texts()))
 
 
 def value_of(words):
-    """The number that "2.44×10⁻⁵" says."""
+    """Parse a number such as "2.44×10⁻⁵"."""
     return float(words.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")).replace("\N{MULTIPLICATION SIGN}10", "e"))
 
 
 def expected_words(plain, budget):
-    """The same, computed from the table."""
+    """Compute the same from the table."""
     record = record_of(plain)
     data = pages.frontier_data(record.table, record)
     fitting = [step for step in data["steps"] if step["bytes"] <= budget]
@@ -178,7 +178,7 @@ def test_slider_starts_at_the_runs_own_scheme_and_returns_to_it(opened, plain):
 
 
 def sorted_by(page, heading, times=1):
-    """A column of the table of layers after clicks on its heading."""
+    """Return a column of the table of layers after clicks on its heading."""
     table = page.locator("table.layers")
     for _ in range(times):
         table.get_by_role("button", name=heading).click()
@@ -195,7 +195,7 @@ def test_table_of_runs_fits_a_desktop(opened, plain):
 
 @pytest.fixture(scope="module")
 def long(opened, plain):
-    """The page of a network of 160 layers, and its report."""
+    """The page and the report of a network of 160 layers."""
     report = large(plain, 160, 0)
     return opened(pages.run_page(report)), report
 

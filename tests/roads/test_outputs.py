@@ -22,7 +22,7 @@ QUICK = {"activation_bits": (8,), "pipeline": "light", "cache": False}
 
 
 class Scales(nn.Module):
-    """Three outputs, each from a body on the previous one, as the scales of a detector."""
+    """Three outputs, each computed from the previous one, like the scales of a detector."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Scales(nn.Module):
 
 
 class Boxes(nn.Module):
-    """Class scores, boxes a hundredth as large, a state without one row per sample, integers, and an auxiliary head."""
+    """Class scores, boxes a hundredth as large, a state that has not one row per sample, integers, and an auxiliary head."""
 
     def __init__(self):
         super().__init__()
@@ -244,7 +244,7 @@ def test_command_line_selects_and_weights_outputs(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory):
-    """A run that compares two of five outputs, the scores not being one of them, with its export."""
+    """A run, and its export, that compares two of five outputs, neither of which is the scores."""
     folder, x = tmp_path_factory.mktemp("outputs"), inputs(70, (3, 2, 2))
     result = anybit.calibrate(network(Boxes), x, "4bit", outputs={"boxes": 1, "more.0": 2}, **QUICK)
     result.save(folder / "run")

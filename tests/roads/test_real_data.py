@@ -49,14 +49,14 @@ def anybit(*arguments: str) -> dict:
 
 def test_resnet20_from_the_command_line(cifar, tmp_path):
     network = ["--model", f"{ROOT / 'examples' / 'resnet20_cifar10.py'}:network", "--weights", str(WEIGHTS)]
-    pictures = ["--data", cifar, "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]
-    whole = anybit("evaluate", *network, "--data", f"{cifar}#test", *pictures[2:])
+    images = ["--data", cifar, "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]
+    whole = anybit("evaluate", *network, "--data", f"{cifar}#test", *images[2:])
     assert whole["top1"] > 90
 
     def calibrated(name: str, *more: str) -> dict:
         fixed = ["--weight-bits", "3", "--activation-bits", "8", "--keep", "conv1=W8A8", "--keep", "linear=W8A8", "--samples", "128"]
         output = ["--test", f"{cifar}#test", "--output", str(tmp_path / name)]
-        return anybit("calibrate", *network, *pictures, *fixed, "--pipeline", "light", *output, *more)
+        return anybit("calibrate", *network, *images, *fixed, "--pipeline", "light", *output, *more)
 
     ranges, light = calibrated("ranges", "--no-bn-tuning", "--solver", "none"), calibrated("light")
     assert light["test"]["top1"] > ranges["test"]["top1"] + 5  # the gain from solver and matched statistics at three bits
@@ -67,7 +67,7 @@ def test_resnet20_from_the_command_line(cifar, tmp_path):
 
 
 def test_statistics_estimated_on_augmented_images_leave_the_float_network_as_accurate(cifar):
-    """Black borders are what it was trained on; with borders of the mean colour it loses three points."""
+    """It was trained with black borders; with borders of the mean colour it loses three points."""
     pixels = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     tests = load_data(f"{cifar}#test", pixels)
     trained = load_model(f"{ROOT / 'examples' / 'resnet20_cifar10.py'}:network", WEIGHTS)
@@ -108,12 +108,12 @@ def test_infeasible_budget_error_names_the_nearest_feasible_one(cifar, tmp_path)
 @pytest.mark.slow
 def test_the_advanced_pipeline_beats_the_light_one_at_two_bits(cifar, tmp_path):
     network = ["--model", f"{ROOT / 'examples' / 'resnet20_cifar10.py'}:network", "--weights", str(WEIGHTS)]
-    pictures = ["--data", cifar, "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225", "--test", f"{cifar}#test"]
+    images = ["--data", cifar, "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225", "--test", f"{cifar}#test"]
     fixed = ["--weight-bits", "2", "--activation-bits", "4", "--keep", "conv1=W8A8", "--keep", "linear=W8A8", "--samples", "512"]
     top1 = {}
     for pipeline in ("light", "advanced"):
         more = ["--pipeline", pipeline, "--steps", "100", "--output", str(tmp_path / pipeline)]
-        top1[pipeline] = anybit("calibrate", *network, *pictures, *fixed, *more)["test"]["top1"]
+        top1[pipeline] = anybit("calibrate", *network, *images, *fixed, *more)["test"]["top1"]
     assert top1["advanced"] > top1["light"] + 5
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from networks import Residual, make, pictures
+from networks import Residual, images, make
 
 import anybit
 from anybit.errors import InvalidSetting
@@ -102,7 +102,7 @@ def test_results_of_several_budgets_print_as_a_table(calibrated):
 
 def test_result_without_a_table_has_no_frontier():
     pytest.importorskip("pandas")
-    model, inputs = make(Residual), pictures(24)
+    model, inputs = make(Residual), images(24)
     result = anybit.grow(model, (inputs, model(inputs).argmax(1)), "4bit", epochs=1, batch_size=12)
     with pytest.raises(InvalidSetting, match="grow has no frontier"):
         result.frontier()
@@ -111,7 +111,7 @@ def test_result_without_a_table_has_no_frontier():
 
 @pytest.mark.parametrize("change", [lambda model: model.to(torch.bfloat16), lambda model: model.half(), lambda model: model.double()])
 def test_rejects_converted_result_by_layer(change, tmp_path):
-    model, inputs = make(Residual), pictures(24)
+    model, inputs = make(Residual), images(24)
     result = anybit.calibrate(model, inputs, None, samples=16, weight_bits=(8,), activation_bits=(8,), pipeline="light", solver="none")
     change(result.model)
     with pytest.raises(InvalidSetting, match=r"conv: .*torch\.\w+.*float32"):

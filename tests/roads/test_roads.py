@@ -15,10 +15,10 @@ from networks import (
     SharedWeight,
     WithoutGradients,
     assert_untouched,
+    images,
     make,
     network_and_inputs,
     numbers,
-    pictures,
     run,
     snapshot,
     tokens,
@@ -68,7 +68,7 @@ def test_every_network_is_calibrated_and_round_trips_bitwise(name, tmp_path):
 
 
 def test_no_verb_changes_the_model_or_its_mode():
-    model, x = make(Residual).train(), pictures(24)
+    model, x = make(Residual).train(), images(24)
     model.bn.eval()
     before = snapshot(model)
     anybit.inspect(model, x)
@@ -89,39 +89,39 @@ def test_loading_leaves_the_given_model_and_its_mode_unchanged(run_folder, calib
 
 def test_global_random_state_is_restored(tmp_path):
     state = torch.get_rng_state()
-    anybit.calibrate(make(Chain), pictures(24), "4bit", **QUICK).save(tmp_path / "run")
+    anybit.calibrate(make(Chain), images(24), "4bit", **QUICK).save(tmp_path / "run")
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_same_seed_gives_identical_bytes(tmp_path):
     for folder in ("one", "other"):
         torch.manual_seed(len(folder))  # nothing may depend on global state
-        anybit.calibrate(make(Residual), pictures(40), "4bit", cache=False, **QUICK).save(tmp_path / folder)
+        anybit.calibrate(make(Residual), images(40), "4bit", cache=False, **QUICK).save(tmp_path / folder)
     for name in ("scheme.json", "model.safetensors", "candidates.safetensors", "candidates.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
 
 
 def least_memory(message: str) -> int:
-    """The least memory that an error names."""
+    """Return the least memory that an error names."""
     return int(re.search(r"at least memory=(\d+),", message)[1])
 
 
 def test_memory_below_what_any_run_holds_is_refused():
     with pytest.raises(InvalidSetting, match=r"memory 31MB is less than the 256MB that a run may need.*at least memory=256000000"):
-        anybit.calibrate(make(Residual), pictures(40), "4bit", memory=31 * 10**6, **QUICK)
+        anybit.calibrate(make(Residual), images(40), "4bit", memory=31 * 10**6, **QUICK)
 
 
 def test_memory_error_names_the_step_that_needs_it(monkeypatch):
     monkeypatch.setattr(memory_checks, "LEAST", 0)
     settings = {**QUICK, "bn_tuning": False, "bias_tuning": False}
     with pytest.raises(InvalidSetting, match="a step of AdaRound"):
-        anybit.calibrate(make(Residual), pictures(40), "4bit", memory=10**5, rounding="adaround", **settings)
+        anybit.calibrate(make(Residual), images(40), "4bit", memory=10**5, rounding="adaround", **settings)
 
 
 def test_least_memory_named_by_the_error_works_and_gives_the_same_result(monkeypatch):
     monkeypatch.setattr(memory_checks, "LEAST", 0)  # so that something spills
     settings = {**QUICK, "bn_tuning": False, "bias_tuning": False}  # their batch size depends on the memory
-    network, inputs = make(Residual), pictures(40)
+    network, inputs = make(Residual), images(40)
     with pytest.raises(InvalidSetting, match="a step of AdaQuant") as refused:
         anybit.calibrate(network, inputs, "4bit", memory=10**5, **settings)
     least = least_memory(str(refused.value))
@@ -160,7 +160,7 @@ def test_table_of_the_report_gives_size_and_predicted_loss_of_measured_schemes(c
 @pytest.mark.parametrize("budget", ["4200B", "45%", "6.5bit", "5bit,bops=6M", "bops=4M"])
 def test_a_budget_is_met_by_the_file_on_disk(budget, tmp_path):
     model = make(Residual)
-    result = anybit.calibrate(model, pictures(24), budget, **{**FAST, "weight_bits": (2, 4, 8), "activation_bits": (4, 8)})
+    result = anybit.calibrate(model, images(24), budget, **{**FAST, "weight_bits": (2, 4, 8), "activation_bits": (4, 8)})
     size = (result.save(tmp_path / "run") / "model.safetensors").stat().st_size
     assert size == result.report["result"]["bytes"]
     for condition in anybit.Budget.parse(budget).conditions:
@@ -171,7 +171,7 @@ def test_a_budget_is_met_by_the_file_on_disk(budget, tmp_path):
 def test_several_budgets_share_candidates_and_each_is_met(tmp_path):
     from anybit.roads.result import save_all
 
-    results = anybit.calibrate(make(Residual), pictures(24), ["4.5bit", "6bit"], **FAST)
+    results = anybit.calibrate(make(Residual), images(24), ["4.5bit", "6bit"], **FAST)
     assert [result.report["result"]["weight_bits"] <= limit for result, limit in zip(results, (4.5, 6), strict=True)] == [True, True]
     assert results[0].candidates is results[1].candidates
     folders = save_all(results, tmp_path / "runs")
@@ -183,7 +183,7 @@ def test_duplicate_budget_is_rejected_or_written_once(tmp_path):
     from anybit.roads.result import save_all
 
     try:
-        folders = save_all(anybit.calibrate(make(Chain), pictures(24), ["6bit", "6bit"], **FAST), tmp_path / "runs")
+        folders = save_all(anybit.calibrate(make(Chain), images(24), ["6bit", "6bit"], **FAST), tmp_path / "runs")
         assert all((folder / "scheme.json").is_file() for folder in folders)
     except AnybitError as error:
         assert "6bit" in str(error)
@@ -191,7 +191,7 @@ def test_duplicate_budget_is_rejected_or_written_once(tmp_path):
 
 def test_budget_with_a_single_choice_per_layer_works(tmp_path):
     settings = {**FAST, "weight_bits": (4,), "pipeline": "advanced"}
-    result = anybit.calibrate(make(Chain), pictures(24), "4bit", **settings)
+    result = anybit.calibrate(make(Chain), images(24), "4bit", **settings)
     assert set(map(str, result.scheme.values())) == {"W4A8"}
     result.save(tmp_path / "run")
 
@@ -199,16 +199,16 @@ def test_budget_with_a_single_choice_per_layer_works(tmp_path):
 def test_keep_fixes_precisions(tmp_path):
     keep = {"conv": Precision(8, 8), "block1.*": Precision(), "fc": Precision(0), "block2.shortcut.0": Precision(8)}
     model = make(Residual)
-    result = anybit.calibrate(model, pictures(24), None, keep=keep, **FAST)
+    result = anybit.calibrate(model, images(24), None, keep=keep, **FAST)
     scheme = result.scheme
     assert (scheme["conv"], scheme["fc"], scheme["block2.shortcut.0"]) == (keep["conv"], keep["fc"], Precision(8))
     assert scheme["block1.conv1"] == scheme["block1.conv2"] == Precision()
     result.save(tmp_path / "run")
-    assert torch.equal(anybit.load(tmp_path / "run", model=model)(pictures(2)), result.model(pictures(2)))
+    assert torch.equal(anybit.load(tmp_path / "run", model=model)(images(2)), result.model(images(2)))
 
 
 def test_keep_accepts_precisions_as_text():
-    result = anybit.calibrate(make(Chain), pictures(24), None, keep={"fc": "W8A8"}, **{**FAST, "weight_bits": (4,)})
+    result = anybit.calibrate(make(Chain), images(24), None, keep={"fc": "W8A8"}, **{**FAST, "weight_bits": (4,)})
     assert result.scheme["fc"] == Precision(8, 8)
 
 
@@ -225,7 +225,7 @@ def test_network_with_shared_weights_is_calibrated_and_loaded(cls, keep, tmp_pat
 
 
 def test_a_network_with_frozen_parameters_is_calibrated():
-    result = anybit.calibrate(make(NoBatchNorm).requires_grad_(False), pictures(24), None, **{**FAST, "pipeline": "advanced"})
+    result = anybit.calibrate(make(NoBatchNorm).requires_grad_(False), images(24), None, **{**FAST, "pipeline": "advanced"})
     assert all(row["loss"] < float("inf") for row in result.report["ladder"])
 
 
@@ -239,13 +239,13 @@ def test_every_non_default_setting_changes_the_run(setting, calibrated):
 
 def test_all_8_bit_scheme_is_rounded_to_nearest_without_the_solver(monkeypatch):
     monkeypatch.setattr("anybit.methods.gptq.gptq", lambda *problem: pytest.fail("solved"))
-    steps = anybit.calibrate(make(NoBatchNorm), pictures(24), None, **{**FAST, "weight_bits": (8,)}).report["ladder"]
+    steps = anybit.calibrate(make(NoBatchNorm), images(24), None, **{**FAST, "weight_bits": (8,)}).report["ladder"]
     assert [row["step"] for row in steps] == ["ranges", "candidates", "edge ranges"] and steps[0]["loss"] == steps[1]["loss"]
 
 
 def test_calibrating_inside_no_grad_works():
     with torch.no_grad():
-        result = anybit.calibrate(make(NoBatchNorm), pictures(24), None, **{**FAST, "pipeline": "advanced"})
+        result = anybit.calibrate(make(NoBatchNorm), images(24), None, **{**FAST, "pipeline": "advanced"})
     assert result.report["ladder"]
 
 
@@ -255,7 +255,7 @@ def test_integer_arrays_reach_embeddings_as_integers():
 
 
 def test_regression_is_scored_on_its_targets():
-    model, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 1)).eval(), pictures(24)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 1)).eval(), images(24)
     with torch.no_grad():
         targets = model(x)[:, 0] + 0.25
     assert anybit.evaluate(model, (x, targets), task="regression")["loss"] == pytest.approx(0.0625, rel=1e-4)
@@ -271,7 +271,7 @@ def test_evaluation_counts_correct_predictions(calibrated):
 
 
 def test_test_data_are_reported_but_do_not_affect_the_result():
-    x = pictures(24)
+    x = images(24)
     labels = torch.arange(24) % 5
     with_test = anybit.calibrate(make(Chain), x, "6bit", test=(x, labels), **FAST)
     without = anybit.calibrate(make(Chain), x, "6bit", **FAST)
@@ -293,7 +293,7 @@ def test_allocates_new_budget_from_a_saved_run(run_folder, calibrated, tmp_path)
 
 
 def test_a_new_budget_is_tested_where_there_is_test_data(tmp_path):
-    model, x = make(Chain), pictures(24)
+    model, x = make(Chain), images(24)
     labels = torch.arange(24) % 5
     run = anybit.calibrate(model, (x, labels), "6bit", **FAST, task="classification").save(tmp_path / "run")
     tested = anybit.allocate(run, "5bit", data=x, model=model, test=(x, labels))
@@ -315,7 +315,7 @@ def test_only_a_network_at_chance_is_at_chance():
 
 @pytest.mark.parametrize("where", ["data", "test"])
 def test_a_float_network_at_chance_is_noted(where):
-    x, notes = pictures(64), []
+    x, notes = images(64), []
     labels = torch.arange(64) % 5
 
     given = {"data": (x, labels)} if where == "data" else {"data": x, "test": (x, labels)}
@@ -327,7 +327,7 @@ def test_a_float_network_at_chance_is_noted(where):
 
 
 def test_rounding_is_recorded_and_names_its_stages(tmp_path):
-    result = anybit.calibrate(make(Residual), pictures(40), "4bit", rounding="adaround", parallel=True, **QUICK)
+    result = anybit.calibrate(make(Residual), images(40), "4bit", rounding="adaround", parallel=True, **QUICK)
     report = result.report
     assert report["settings"]["rounding"] == "adaround"
     assert "parallel AdaRound" in [stage["stage"] for stage in report["stages"]]
@@ -339,7 +339,7 @@ def test_rejects_infeasible_budget_before_any_long_work(monkeypatch):
     monkeypatch.setattr("anybit.roads.calibrate.range_candidates", lambda *arguments: pytest.fail("long work has begun"))
     for budget in ("1bit", ["6bit", "100B"], "40bit", "latency=3ms"):
         with pytest.raises((InfeasibleBudget, InvalidSetting)):
-            anybit.calibrate(make(Chain), pictures(24), budget, **QUICK)
+            anybit.calibrate(make(Chain), images(24), budget, **QUICK)
 
 
 def test_an_error_while_saving_leaves_nothing(calibrated, monkeypatch, tmp_path):
@@ -354,14 +354,14 @@ def test_an_error_while_saving_leaves_nothing(calibrated, monkeypatch, tmp_path)
 
 def test_layer_may_have_float_weights_and_integer_input(tmp_path):
     model = make(Chain)
-    result = anybit.calibrate(model, pictures(24), None, keep={"conv2": Precision(None, 8)}, **FAST)
+    result = anybit.calibrate(model, images(24), None, keep={"conv2": Precision(None, 8)}, **FAST)
     assert result.scheme["conv2"] == Precision(None, 8)
     result.save(tmp_path / "run")
-    assert torch.equal(anybit.load(tmp_path / "run", model=model)(pictures(2)), result.model(pictures(2)))
+    assert torch.equal(anybit.load(tmp_path / "run", model=model)(images(2)), result.model(images(2)))
 
 
 def test_inspect_predicts_the_file_size(tmp_path):
-    model, x = make(Residual), pictures(24)
+    model, x = make(Residual), images(24)
     inspected = anybit.inspect(model, x, weight_bits=(3, 8), activation_bits=(8,))
     assert list(inspected["layers"]) == [
         "conv",
@@ -379,7 +379,7 @@ def test_inspect_predicts_the_file_size(tmp_path):
 
 
 def test_rejects_network_without_gradients_only_where_needed():
-    model, x = make(WithoutGradients), pictures(24)
+    model, x = make(WithoutGradients), images(24)
     with pytest.raises(UnsupportedModel, match="gradient"):
         anybit.calibrate(model, x, "6bit", **{**FAST, "pipeline": "advanced"})
     with pytest.raises(UnsupportedModel, match="gradient"):
@@ -391,7 +391,7 @@ def test_rejects_network_without_gradients_only_where_needed():
 
 
 def test_inspection_shows_the_shapes_of_one_sample():
-    layers = anybit.inspect(make(Residual), pictures(5))["layers"]
+    layers = anybit.inspect(make(Residual), images(5))["layers"]
     assert [layers["conv"][key] for key in ("weight", "input", "output")] == [[6, 3, 3, 3], [3, 8, 8], [6, 8, 8]]
     assert [layers["fc"][key] for key in ("weight", "input", "output")] == [[5, 8], [8], [5]]
     windows = anybit.inspect(make(NETWORKS["windows"][0]), NETWORKS["windows"][1](2))["layers"]
@@ -417,7 +417,7 @@ def test_float_size_equals_that_of_its_file(tmp_path):
 
     model = make(Residual)
     save_file(model.state_dict(), tmp_path / "float.safetensors")
-    assert anybit.inspect(model, pictures(2))["float_bytes"] == (tmp_path / "float.safetensors").stat().st_size
+    assert anybit.inspect(model, images(2))["float_bytes"] == (tmp_path / "float.safetensors").stat().st_size
 
 
 # Invalid input: each is one error that names its cause.
@@ -435,34 +435,34 @@ class DividesByZero(Chain):
         return super().forward(x) / 0
 
 
-WITH_NAN = pictures(24)
+WITH_NAN = images(24)
 WITH_NAN[17, 0, 0, 0] = float("nan")
 
 BAD = {
-    "nan weight": (lambda: broken("block1.conv2.weight", float("nan")), pictures(24), {}, UnsupportedModel, r"block1\.conv2\.weight"),
-    "infinite bias": (lambda: broken("fc.bias", float("inf")), pictures(24), {}, UnsupportedModel, r"fc\.bias"),
+    "nan weight": (lambda: broken("block1.conv2.weight", float("nan")), images(24), {}, UnsupportedModel, r"block1\.conv2\.weight"),
+    "infinite bias": (lambda: broken("fc.bias", float("inf")), images(24), {}, UnsupportedModel, r"fc\.bias"),
     "too large a weight": (
         lambda: broken("bn.weight", 3e38),
-        pictures(24) * 1e4,
+        images(24) * 1e4,
         {},
         UnsupportedModel,
         r"^conv: the weight.*keep=\{'conv': 'float'\}",
     ),
-    "infinite activation": (lambda: broken("bn.weight", 1e33), pictures(24) * 1e8, {}, AnybitError, r"block1|layer conv"),
-    "nan output": (lambda: make(DividesByZero), pictures(24), {"weight_bits": (8,), "activation_bits": (8,)}, AnybitError, "output"),
+    "infinite activation": (lambda: broken("bn.weight", 1e33), images(24) * 1e8, {}, AnybitError, r"block1|layer conv"),
+    "nan output": (lambda: make(DividesByZero), images(24), {"weight_bits": (8,), "activation_bits": (8,)}, AnybitError, "output"),
     "nan input": (lambda: make(Chain), WITH_NAN, {}, InvalidInput, "NaN or infinity"),
-    "no input": (lambda: make(Chain), pictures(0), {}, InvalidInput, "empty"),
+    "no input": (lambda: make(Chain), images(0), {}, InvalidInput, "empty"),
     "empty list": (lambda: make(Chain), [], {}, InvalidInput, "empty"),
-    "one input": (lambda: make(Chain), pictures(1), {}, InvalidInput, "at least 2"),
+    "one input": (lambda: make(Chain), images(1), {}, InvalidInput, "at least 2"),
     "wrong shape": (lambda: make(Chain), numbers(24, 4, 8, 8), {}, InvalidInput, r"\(2, 4, 8, 8\)"),
     "wrong rank": (lambda: make(Chain), numbers(24, 7), {}, InvalidInput, r"\(2, 7\)"),
-    "pictures without channels": (lambda: make(Chain), np.zeros((24, 8, 8), np.uint8), {}, InvalidInput, r"8, 8"),
-    "ragged": (lambda: make(Chain), [pictures(1)[0], torch.zeros(3, 6, 6)] * 8, {}, InvalidInput, "size"),
-    "one bit": (lambda: make(Chain), pictures(24), {"weight_bits": (1, 4)}, InvalidSetting, r"1 is outside 2\.\.8"),
-    "nine bits": (lambda: make(Chain), pictures(24), {"activation_bits": (9,)}, InvalidSetting, r"9 is outside 2\.\.8"),
-    "no layer": (lambda: nn.Sequential(nn.ReLU(), nn.Flatten()), pictures(24), {}, UnsupportedModel, "no layer to quantize"),
-    "keep nothing": (lambda: make(Chain), pictures(24), {"keep": {"cnv*": Precision(8)}}, InvalidSetting, "matches no"),
-    "unknown block": (lambda: make(Chain), pictures(24), {"blocks": ("b1",)}, InvalidSetting, "b1"),
+    "images without channels": (lambda: make(Chain), np.zeros((24, 8, 8), np.uint8), {}, InvalidInput, r"8, 8"),
+    "ragged": (lambda: make(Chain), [images(1)[0], torch.zeros(3, 6, 6)] * 8, {}, InvalidInput, "size"),
+    "one bit": (lambda: make(Chain), images(24), {"weight_bits": (1, 4)}, InvalidSetting, r"1 is outside 2\.\.8"),
+    "nine bits": (lambda: make(Chain), images(24), {"activation_bits": (9,)}, InvalidSetting, r"9 is outside 2\.\.8"),
+    "no layer": (lambda: nn.Sequential(nn.ReLU(), nn.Flatten()), images(24), {}, UnsupportedModel, "no layer to quantize"),
+    "keep nothing": (lambda: make(Chain), images(24), {"keep": {"cnv*": Precision(8)}}, InvalidSetting, "matches no"),
+    "unknown block": (lambda: make(Chain), images(24), {"blocks": ("b1",)}, InvalidSetting, "b1"),
     "not data": (lambda: make(Chain), 7, {}, InvalidInput, "int"),
 }
 
@@ -478,24 +478,24 @@ def test_invalid_input_is_one_error_that_names_it(case):
 @pytest.mark.parametrize("budget", ["1bit", "100B", "1%", "bops=10"])
 def test_infeasible_budget_error_names_the_minimum_and_binding_layers(budget):
     with pytest.raises(InfeasibleBudget, match=r"needs .*layers .*conv2.* bind.*raise the budget to"):
-        anybit.calibrate(make(Chain), pictures(24), budget, **FAST)
+        anybit.calibrate(make(Chain), images(24), budget, **FAST)
 
 
 @pytest.mark.parametrize("budget", ["33bit", "1MB", "150%"])
 def test_rejects_budget_above_the_float_size(budget):
     with pytest.raises(InvalidSetting, match="above the float network's"):
-        anybit.calibrate(make(Chain), pictures(24), budget, **FAST)
+        anybit.calibrate(make(Chain), images(24), budget, **FAST)
 
 
 def test_error_of_the_model_on_test_data_is_an_input_error():
     with pytest.raises(InvalidInput):
-        anybit.calibrate(make(Chain), pictures(24), None, test=(numbers(8, 4, 8, 8), torch.zeros(8, dtype=torch.long)), **FAST)
+        anybit.calibrate(make(Chain), images(24), None, test=(numbers(8, 4, 8, 8), torch.zeros(8, dtype=torch.long)), **FAST)
     with pytest.raises(InvalidInput):
         anybit.evaluate(make(Chain), (numbers(8, 4, 8, 8), torch.zeros(8, dtype=torch.long)))
 
 
 def test_allocates_from_a_folder_of_several_runs(tmp_path):
-    model, data = make(Residual), pictures(24)
+    model, data = make(Residual), images(24)
     results = calibrate(model, data, ["4bit", "3bit"], steps=3, candidate_steps=3, bias_tuning=False)
     save_all(results, tmp_path / "runs")
     result = allocate(tmp_path / "runs", "2.5bit", data=data, model=model)
@@ -514,18 +514,18 @@ def test_error_distinguishes_runs_of_other_roads_from_broken_ones(folders, calib
 
 
 def test_certificate_names_the_chosen_scheme():
-    result = calibrate(make(Residual), pictures(24), "4bit", pipeline="light")
+    result = calibrate(make(Residual), images(24), "4bit", pipeline="light")
     chosen = next(row["name"] for row in result.report["schemes"] if row["chosen"])
     assert result.about["certificate"]["chosen"] == chosen and result.about["certificate"]["gap"] <= 1e-3
 
 
 def test_rejects_metric_without_test_data():
     with pytest.raises(InvalidSetting, match="test="):
-        calibrate(make(Residual), pictures(24), "4bit", metric=lambda outputs, labels: 0.0)
+        calibrate(make(Residual), images(24), "4bit", metric=lambda outputs, labels: 0.0)
 
 
 def test_new_drop_budget_holds_after_polishing(tmp_path, monkeypatch):
-    model, x = make(Residual), pictures(40)
+    model, x = make(Residual), images(40)
     with torch.no_grad():
         data = (x, model(x).argmax(1))
     anybit.calibrate(model, data, "4bit", **{**QUICK, "pipeline": "light"}).save(tmp_path / "run")
@@ -560,8 +560,8 @@ def test_float_score_is_that_of_the_given_network():
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
     model = nn.Sequential(Clamping(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *head).eval()
     model[1].weight.data.uniform_(0.1, 4)
-    tests = (20 * pictures(32), torch.arange(32) % 5)
-    result = anybit.calibrate(model, pictures(8), "8bit", test=tests, pipeline="light", solver="none", cache=False)
+    tests = (20 * images(32), torch.arange(32) % 5)
+    result = anybit.calibrate(model, images(8), "8bit", test=tests, pipeline="light", solver="none", cache=False)
     expected = anybit.evaluate(model, tests)
     assert {key: result.report["float_test"][key] for key in expected} == expected
 
@@ -587,7 +587,7 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_rejects_unusable_labelled_data_before_the_work(name, monkeypatch):
-    model, x = make(Residual), pictures(24)
+    model, x = make(Residual), images(24)
     data = unusable(name, x, torch.arange(24) % 5)
     with pytest.raises(InvalidInput, match=UNUSABLE[name]):
         anybit.evaluate(model, data)
@@ -602,4 +602,4 @@ def huge(outputs, labels):
 
 def test_rejects_a_metric_beyond_the_range_of_floats():
     with pytest.raises(InvalidInput, match="The metric huge returned"):
-        anybit.evaluate(make(Residual), (pictures(24), torch.arange(24) % 5), metric=huge)
+        anybit.evaluate(make(Residual), (images(24), torch.arange(24) % 5), metric=huge)

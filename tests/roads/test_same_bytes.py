@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK
-from networks import Residual, make, pictures
+from networks import Residual, images, make
 from torch.utils.data import Dataset
 
 import anybit
@@ -32,7 +32,7 @@ class Loaded(Dataset):
         return 40
 
     def __getitem__(self, index: int):
-        return pictures(1, seed=index)[0], index % 5
+        return images(1, seed=index)[0], index % 5
 
 
 def written(folder: str | Path, **changes) -> Path:

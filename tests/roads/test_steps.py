@@ -10,11 +10,11 @@ from networks import (
     Residual,
     assert_untouched,
     calibration_of,
+    images,
     make,
     matrices,
     network_and_inputs,
     numbers,
-    pictures,
     snapshot,
 )
 from torch import nn
@@ -97,19 +97,19 @@ def test_observing_leaves_the_network_unchanged_and_covers_or_names_every_layer(
 
 def test_kept_layers_have_one_choice():
     settings = CalibrateSettings(keep={"block*": Precision(8, 8), "block1.*": Precision(), "fc": Precision(4)})
-    network = observe_network(make(Residual), Batch(pictures(2)), settings.options)
+    network = observe_network(make(Residual), Batch(images(2)), settings.options)
     assert network.choices["block2.conv1"] == [Precision(8, 8)] and network.choices["block1.conv1"] == [Precision()]
     assert network.choices["fc"] == [Precision(4)] and len(network.choices["conv"]) == 15
 
 
 def test_rejects_pattern_without_layers_with_near_matches():
     with pytest.raises(InvalidSetting, match=r"block1\.conv3=W8A8. matches no quantizable layer.*block1\.conv"):
-        observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(keep={"block1.conv3": Precision(8, 8)}).options)
+        observe_network(make(Residual), Batch(images(2)), CalibrateSettings(keep={"block1.conv3": Precision(8, 8)}).options)
 
 
 def test_rejects_model_without_layers():
     with pytest.raises(UnsupportedModel, match="no layer to quantize"):
-        observe_network(nn.Sequential(nn.ReLU(), nn.Flatten()), Batch(pictures(2)), SETTINGS.options)
+        observe_network(nn.Sequential(nn.ReLU(), nn.Flatten()), Batch(images(2)), SETTINGS.options)
 
 
 def test_layer_called_twice_counts_weight_once_and_operations_twice():
@@ -122,9 +122,9 @@ def test_layer_called_twice_counts_weight_once_and_operations_twice():
 
 
 def test_units_follow_the_settings():
-    blocks = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(unit="block").options).units}
-    layers = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(unit="layer").options).units}
-    named = {unit.name for unit in observe_network(make(Residual), Batch(pictures(2)), CalibrateSettings(blocks=("block2",)).options).units}
+    blocks = {unit.name for unit in observe_network(make(Residual), Batch(images(2)), CalibrateSettings(unit="block").options).units}
+    layers = {unit.name for unit in observe_network(make(Residual), Batch(images(2)), CalibrateSettings(unit="layer").options).units}
+    named = {unit.name for unit in observe_network(make(Residual), Batch(images(2)), CalibrateSettings(blocks=("block2",)).options).units}
     assert blocks == {"conv", "block1", "block2", "fc"}
     assert "block1" not in layers and "block1.conv2" in layers
     assert named == {"conv", "block1.conv1", "block1.conv2", "block2", "fc"}
@@ -277,7 +277,7 @@ def test_byte_budget_is_met_by_the_counted_file(residual, unit):
 @pytest.mark.parametrize("keep", [{}, {"conv": Precision()}, {"block1.conv1": Precision(3, 3)}], ids=str)
 def test_budget_named_by_the_infeasibility_error_is_feasible(budget, keep):
     settings = CalibrateSettings(weight_bits=(2, 4), activation_bits=(4, 8), keep=keep)
-    network = observe_network(make(Residual), Batch(pictures(2)), settings.options)
+    network = observe_network(make(Residual), Batch(images(2)), settings.options)
     with pytest.raises(InfeasibleBudget, match=r"smallest scheme needs .* \(layers .* bind\)") as refused:
         check_feasible(network, Budget.parse(budget))
     check_feasible(network, Budget.parse(str(refused.value).rpartition("raise the budget to ")[2].rstrip(".")))
@@ -435,7 +435,7 @@ def test_rejects_weight_whose_scale_exceeds_float32_before_any_data():
     with torch.no_grad():
         model.bn1.weight.fill_(3e38)
     with pytest.raises(UnsupportedModel, match=r"conv1: the weight, with its batch norm folded.*--keep='conv1=float'"):
-        observe_network(model, Batch(pictures(2)), SETTINGS.options)
+        observe_network(model, Batch(images(2)), SETTINGS.options)
 
 
 def test_mirroring_extends_only_the_fitting_side():

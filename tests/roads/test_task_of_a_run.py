@@ -1,4 +1,4 @@
-"""The task of a run is that of every verb which reads the run: labels of other data do not choose another."""
+"""Every verb that reads a run uses the run's task: labels of other data do not choose another."""
 
 import json
 
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs whose labels, or whose user, decided the task."""
+    """Runs whose task was decided by labels or by the user."""
     folder = tmp_path_factory.mktemp("runs")
     results = {
         "by labels": anybit.calibrate(Net(), (X, SEVERAL), "6bit", **QUICK),
@@ -107,7 +107,7 @@ def test_search_and_extract_keep_the_task_of_a_supernet():
 
 
 def test_labels_decide_after_a_run_that_could_only_guess_numbers():
-    """Outputs without labels are numbers until something shows otherwise; a regression that the user named stays one."""
+    """Outputs without labels are numbers until labels show otherwise; a regression that the user named stays one."""
     run = anybit.calibrate(Net(), X, "6bit", **QUICK)
     assert run.about["task"] == "regression"
     assert "top1" in run.evaluate((X, CLASSES)) and "f1" in run.evaluate((X, SEVERAL))

@@ -8,7 +8,7 @@ from math import ceil
 
 import pytest
 import torch
-from networks import NETWORKS, Chain, Residual, calibration_of, make, network_and_inputs, pictures
+from networks import NETWORKS, Chain, Residual, calibration_of, images, make, network_and_inputs
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -71,7 +71,7 @@ def test_functions_that_layers_compute_cost_five_passes_and_three_copies(work):
 
 
 def test_state_created_in_the_first_pass_costs_one_pass(work):
-    observe_network(make(Caching), Batch(pictures(2)), OPTIONS)
+    observe_network(make(Caching), Batch(images(2)), OPTIONS)
     assert work == {"passes": 4, "copies": 2}
 
 
@@ -103,7 +103,7 @@ def test_candidates_of_all_bit_widths_are_matched_in_one_pass(observed, work):
 
 
 def test_every_pass_and_copy_of_a_light_calibration_has_a_reason(work):
-    model, inputs = make(Residual), pictures(40)
+    model, inputs = make(Residual), images(40)
     result = anybit.calibrate(model, inputs, "4bit", cache=False, **LIGHT)
     fitting, held_out = (ceil(result.report["inputs"][part] / LIGHT["batch_size"]) for part in ("fitting", "held_out"))
     layers, schemes = len(result.scheme), len(result.report["schemes"])

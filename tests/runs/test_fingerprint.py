@@ -1,4 +1,4 @@
-"""Fingerprints: outputs show whether a network is the one that a run was made from."""
+"""Fingerprints: outputs show whether a network is the one that a run was created from."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import QUICK
-from networks import NETWORKS, Residual, assert_untouched, make, network_and_inputs, pictures, run, snapshot
+from networks import NETWORKS, Residual, assert_untouched, images, make, network_and_inputs, run, snapshot
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -45,7 +45,7 @@ def shifted(**changes):
 
 
 def labelled():
-    x = pictures(60)
+    x = images(60)
     with torch.no_grad():
         return x, make(Residual)(x).argmax(1)
 

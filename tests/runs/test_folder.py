@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import NETWORKS, Chain, Residual, assert_untouched, make, network_and_inputs, pictures, run, snapshot
+from networks import NETWORKS, Chain, Residual, assert_untouched, images, make, network_and_inputs, run, snapshot
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from schemes import prepared_with_candidates, random_scheme
@@ -589,8 +589,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_rejects_unreadable_runs_before_the_work(case, tmp_path, monkeypatch):
-    """Whatever is accepted ends in a run that every reader reads back equal."""
-    model, x = hostile(HOSTILE[case]), pictures(24)
+    """Each accepted run ends in a run that every reader reads back unchanged."""
+    model, x = hostile(HOSTILE[case]), images(24)
     try:
         with monkeypatch.context() as patch:
             patch.setattr("anybit.roads.calibrate.sensitivity_table", refuse_to_measure)
@@ -606,7 +606,7 @@ def test_rejects_unreadable_runs_before_the_work(case, tmp_path, monkeypatch):
 
 
 def refuse_to_measure(*arguments):
-    """Stands for the first long work."""
+    """Stands for the start of the long work."""
     raise ZeroDivisionError
 
 
@@ -614,7 +614,7 @@ LIGHT = {"pipeline": "light", "samples": 24, "batch_size": 8, "weight_bits": (2,
 
 
 def test_ranges_ignore_infinities_of_a_mask(tmp_path):
-    run = anybit.calibrate(make(Late), pictures(24), "6bit", **LIGHT)
+    run = anybit.calibrate(make(Late), images(24), "6bit", **LIGHT)
     ends = [end for edge in run.canonical.edges.values() for end in edge]
     assert ends and all(math.isfinite(end) for end in ends)
 
@@ -643,7 +643,7 @@ def test_every_function_that_writes_rejects_unwritable_places_before_the_work(pl
     for name in ("roads.grow.training_inputs", "roads.train.training_inputs", "exports.verbs.opened", "reports.page.read_records"):
         monkeypatch.setattr(f"anybit.{name}", refuse_to_measure)
     monkeypatch.setattr("anybit.exports.compressed_tensors.opened", refuse_to_measure)
-    model, x = make(Late), pictures(4)
+    model, x = make(Late), images(4)
     writers = {
         "checkpoint": [
             lambda: anybit.grow(model, x, "4bit", distill=1.0, checkpoint=place),
@@ -673,11 +673,11 @@ def test_read_only_folder_is_found_before_the_work(tmp_path, monkeypatch):
 def test_checkpoint_of_other_data_names_the_argument(tmp_path, monkeypatch):
     model, place = make(Late), tmp_path / "here" / "mine.ckpt"
     options = {"epochs": 1, "batch_size": 8, "distill": 1.0}
-    anybit.grow(model, pictures(16), "4bit", checkpoint=place, **options)
+    anybit.grow(model, images(16), "4bit", checkpoint=place, **options)
     with pytest.raises(InvalidSetting, match=r"mine\.ckpt holds an unfinished training .*data was .*another checkpoint=\.") as refused:
-        anybit.grow(model, pictures(17)[1:], "4bit", checkpoint=place, **options)
+        anybit.grow(model, images(17)[1:], "4bit", checkpoint=place, **options)
     assert "folder" not in str(refused.value) and "output" not in str(refused.value)
     with pytest.raises(InvalidSetting, match=r"other settings: train\.seed was 0 and is now 7\. Use") as refused:
-        anybit.grow(model, pictures(16), "4bit", checkpoint=place, **options, seed=7)
+        anybit.grow(model, images(16), "4bit", checkpoint=place, **options, seed=7)
     with pytest.raises(InvalidSetting, match=r"here is a folder\. Name a file with checkpoint="):
-        anybit.grow(model, pictures(16), "4bit", checkpoint=tmp_path / "here", **options)
+        anybit.grow(model, images(16), "4bit", checkpoint=tmp_path / "here", **options)

@@ -21,7 +21,7 @@ from anybit.sources.models import load_model
 
 SMALL = SIZES | {"num_hidden_layers": 1}
 BERT = {**SMALL, "max_position_embeddings": 40}
-PICTURE = {**SMALL, "vocab_size": None, "image_size": 16, "patch_size": 8}
+IMAGE = {**SMALL, "vocab_size": None, "image_size": 16, "patch_size": 8}
 DECODER = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "max_target_positions": 16}
 CLIP = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, "max_position_embeddings": 20, "projection_dim": 8}
 SEGFORMER = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 8}
@@ -29,7 +29,7 @@ SEGFORMER = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attentio
 
 def clip() -> transformers.CLIPConfig:
     return transformers.CLIPConfig(
-        text_config={**SMALL, **CLIP}, vision_config={**PICTURE, "projection_dim": 8}, projection_dim=8
+        text_config={**SMALL, **CLIP}, vision_config={**IMAGE, "projection_dim": 8}, projection_dim=8
     )  # fmt: skip
 
 
@@ -42,11 +42,11 @@ def whisper() -> transformers.WhisperConfig:
 NETWORKS = {
     "tags": lambda: transformers.BertForTokenClassification(transformers.BertConfig(**BERT, num_labels=5)),
     "hidden words": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
-    "picture and text": lambda: transformers.CLIPModel(clip()),
-    "projected picture": lambda: transformers.CLIPVisionModelWithProjection(clip().vision_config),
+    "image and text": lambda: transformers.CLIPModel(clip()),
+    "projected image": lambda: transformers.CLIPVisionModelWithProjection(clip().vision_config),
     "segmentation": lambda: transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**SEGFORMER, num_labels=3)),
     "detection": lambda: transformers.YolosForObjectDetection(
-        transformers.YolosConfig(**{**PICTURE, "image_size": [16, 16]}, num_detection_tokens=4, num_labels=2)
+        transformers.YolosConfig(**{**IMAGE, "image_size": [16, 16]}, num_detection_tokens=4, num_labels=2)
     ),
     "map of features": lambda: transformers.ResNetModel(
         transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
@@ -56,8 +56,8 @@ NETWORKS = {
 }  # fmt: skip
 PREDICTIONS = {
     "tags": ("token-classification", (-1, 5)), "hidden words": ("masked-language-model", (-1, 64)),
-    "picture and text": ("embedding", (6, 16)),
-    "projected picture": ("embedding", (6, 8)), "segmentation": ("regression", (6, 3, 8, 8)), "detection": ("regression", (6, 4, 7)),
+    "image and text": ("embedding", (6, 16)),
+    "projected image": ("embedding", (6, 8)), "segmentation": ("regression", (6, 3, 8, 8)), "detection": ("regression", (6, 4, 7)),
     "map of features": ("embedding", (6, 8)), "speech": ("sequence-to-sequence", (-1, 30)), "of no task": ("regression", (-1, 64)),
 }  # fmt: skip
 """Kind -> (task, shape of what is read); -1: as many as the inputs have tokens."""
@@ -72,7 +72,7 @@ def network(kind: str) -> nn.Module:
 
 def batch_for(kind: str) -> Batch:
     generator = torch.Generator().manual_seed(3)
-    if kind in ("projected picture", "segmentation", "detection", "map of features"):
+    if kind in ("projected image", "segmentation", "detection", "map of features"):
         return Batch(torch.randn(6, 3, 32 if kind in ("segmentation", "map of features") else 16, 32 if kind == "segmentation" else 16))
     if kind == "speech":
         mask = (torch.arange(5) < torch.tensor([5, 3, 4, 5, 1, 2])[:, None]).long()
@@ -80,7 +80,7 @@ def batch_for(kind: str) -> Batch:
         sounds = torch.randn(6, 6, 16, generator=generator)
         return Batch({"input_features": sounds, "decoder_input_ids": tokens, "decoder_attention_mask": mask})
     words = dict(inputs("bert").inputs)
-    if kind == "picture and text":
+    if kind == "image and text":
         words.pop("token_type_ids")
         return Batch({**words, "pixel_values": torch.randn(6, 3, 16, 16, generator=generator)})
     return Batch(words)
@@ -173,13 +173,13 @@ def test_masked_words_are_the_same_in_any_order(tmp_path):
 def test_image_array_is_read_as_the_head_requires(tmp_path):
     import numpy as np
 
-    np.savez(tmp_path / "pictures.npz", x=np.zeros((4, 16, 16, 3), np.uint8))
-    samples = load_data(str(tmp_path / "pictures.npz"), model=network("detection"))
+    np.savez(tmp_path / "images.npz", x=np.zeros((4, 16, 16, 3), np.uint8))
+    samples = load_data(str(tmp_path / "images.npz"), model=network("detection"))
     assert samples.reader is not None and samples.reader.task == "regression"
 
 
 def test_saved_head_loads_whatever_the_task_is_called(tmp_path):
-    model = transformers.ViTForImageClassification(transformers.ViTConfig(**PICTURE, num_labels=3))
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**IMAGE, num_labels=3))
     model.save_pretrained(tmp_path)
     assert type(load_model(f"hf:{tmp_path}", None, "classification")).__name__ == "ViTForImageClassification"
     assert (

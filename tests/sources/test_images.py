@@ -36,8 +36,8 @@ def save(path, values=RAMP, **options):
     ids=["16-bit png", "16-bit tiff", "big-endian", "16-bit ppm", "float", "rgb", "rgba"],
 )  # fmt: skip
 def test_image_of_any_depth_is_scaled_correctly(name, values, tmp_path):
-    picture = read_image(save(tmp_path / name, values), Preprocessing())
-    assert torch.equal(picture, torch.from_numpy(RAMP).float().expand(3, -1, -1) / 255)
+    image = read_image(save(tmp_path / name, values), Preprocessing())
+    assert torch.equal(image, torch.from_numpy(RAMP).float().expand(3, -1, -1) / 255)
 
 
 def test_dark_16_bit_image_stays_dark(tmp_path):
@@ -60,8 +60,8 @@ def test_rejects_image_with_unknown_maximum(values, words, tmp_path):
 def test_images_are_rotated_by_their_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was rotated by 90 degrees
-    picture = read_image(save(tmp_path / "a.png", exif=exif), Preprocessing())
-    assert torch.equal(picture[0] * 255, torch.from_numpy(np.rot90(RAMP, -1).copy()).float())
+    image = read_image(save(tmp_path / "a.png", exif=exif), Preprocessing())
+    assert torch.equal(image[0] * 255, torch.from_numpy(np.rot90(RAMP, -1).copy()).float())
 
 
 def labels_of(root, preprocessing=Preprocessing()):
@@ -175,7 +175,7 @@ def test_rejects_image_larger_than_memory(tmp_path, monkeypatch):
 
 
 def test_a_pipe_named_like_an_image_is_no_image(tmp_path):
-    """Reading one would wait for ever."""
+    """Reading a pipe would wait forever."""
     save(tmp_path / "a" / "one.png")
     os.mkfifo(tmp_path / "a" / "zz.png")
     assert len(load_data(str(tmp_path))) == 1
@@ -187,7 +187,7 @@ def link(path, target):
 
 
 def test_links_are_read_as_what_they_name(tmp_path):
-    """A class folder that was a link was left out, and the classes after it took its numbers."""
+    """A class folder that was a link was once left out, and the classes after it got its numbers."""
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
     for name in ("b/1.png", "x/y/2.png", "3.png"):
         save(elsewhere / name)
@@ -281,7 +281,7 @@ def test_batches_of_images_that_take_gigabytes_are_refused(tmp_path):
 
 
 def reading(channels, kind="convolution"):
-    """A network that reads images of so many channels, 4 x 8 pixels."""
+    """Create a network that reads images of this many channels, 4 x 8 pixels."""
     torch.manual_seed(0)
     rest = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)]
     return nn.Sequential(*([nn.Conv2d(channels, 6, 3), *rest] if kind == "convolution" else [nn.Flatten(), nn.Linear(32 * channels, 3)]))

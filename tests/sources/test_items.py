@@ -1,4 +1,4 @@
-"""Which parts of an item are inputs and which is the label: from the forward's signature, or by an explicit choice."""
+"""Parts of an item are inputs or label: by the forward's signature, or by an explicit choice."""
 
 from pathlib import Path
 
@@ -241,7 +241,7 @@ def test_arrays_of_a_loader_with_its_own_collate_function_are_split_as_its_batch
 
 
 class Reading(nn.Module):
-    """Class scores of tokens, each of which sees the mean of its text's."""
+    """Class scores of tokens, each computed with the mean over its text."""
 
     def __init__(self):
         super().__init__()

@@ -10,7 +10,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from networks import Chain, pictures
+from networks import Chain, images
 from torch import nn
 
 import anybit
@@ -73,12 +73,12 @@ def test_random_weights_are_deterministic_non_degenerate_and_reported(library, t
     assert "weights are random" in notes[0]
     for key, tensor in one.state_dict().items():
         assert not tensor.is_floating_point() or tensor.std() > 1e-3, key
-    assert one(pictures(4)).std(0).min() > 0
-    result = anybit.calibrate("torchvision:zeroed", pictures(24), weights="random", pipeline="light", cache=False, weight_bits=(8,))
+    assert one(images(4)).std(0).min() > 0
+    result = anybit.calibrate("torchvision:zeroed", images(24), weights="random", pipeline="light", cache=False, weight_bits=(8,))
     assert "weights are random" in result.report["notes"][0]
     run = result.save(tmp_path / "run")
     assert json.loads((run / "scheme.json").read_text())["model"]["weights"] == "random"
-    assert torch.equal(anybit.load(run)(pictures(2)), result.model(pictures(2)))
+    assert torch.equal(anybit.load(run)(images(2)), result.model(images(2)))
     anybit.report(run, output=tmp_path / "page.html")
     assert "weights are random" in (tmp_path / "page.html").read_text().lower()
 

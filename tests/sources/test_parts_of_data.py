@@ -1,4 +1,4 @@
-"""Parts of data: those that only some items have, labels that are no numbers, nested arrays, and the samplers of loaders."""
+"""Parts of data: parts that only some items have, labels that are not numbers, nested arrays, and samplers of loaders."""
 
 import warnings
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import Chain, TwoInputs, make, pictures
+from networks import Chain, TwoInputs, images, make
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
@@ -24,7 +24,7 @@ def net():
 def number():
     return 7
 def data():
-    return torch.utils.data.TensorDataset(networks.pictures(6), torch.arange(6))
+    return torch.utils.data.TensorDataset(networks.images(6), torch.arange(6))
 def loader():
     return torch.utils.data.DataLoader(data(), batch_size=4)
 """
@@ -47,7 +47,7 @@ def test_model_reference_names_a_function_of_a_file_or_package(script):
     for reference in (f"{script}:net", "torch.nn:Identity"):
         model = load_model(reference)
         assert isinstance(model, nn.Module) and not model.training
-    assert torch.equal(load_model(f"{script}:net")(pictures(2)), make(Chain)(pictures(2)))
+    assert torch.equal(load_model(f"{script}:net")(images(2)), make(Chain)(images(2)))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_loads_weights_from_every_format(suffix, tmp_path):
     save_file(trained.state_dict(), path) if suffix == "safetensors" else torch.save({"state_dict": trained.state_dict()}, path)
     model = make(Chain)
     load_weights(model, path)
-    assert torch.equal(model(pictures(2)), trained(pictures(2)))
+    assert torch.equal(model(images(2)), trained(images(2)))
 
 
 @pytest.mark.parametrize(
@@ -152,25 +152,25 @@ def test_arrays_are_read_unchanged(tmp_path):
 
 def test_arrays_are_matched_to_inputs_by_name(tmp_path):
     model = make(TwoInputs)
-    arrays = {"picture": pictures(5).numpy(), "vector": np.ones((5, 4)), "y": np.arange(5)}
+    arrays = {"image": images(5).numpy(), "vector": np.ones((5, 4)), "y": np.arange(5)}
     np.savez(tmp_path / "named.npz", **arrays, **{f"{name}_test": array[:2] for name, array in arrays.items()}, other=np.ones(9))
     samples, tests = (load_data(f"{tmp_path / 'named.npz'}{part}", model=model) for part in ("", "#test"))
     assert (len(samples), len(tests)) == (5, 2)
     batch = next(samples.batches(3))
-    assert batch.inputs["vector"].dtype == torch.float32 and torch.equal(batch.inputs["picture"], pictures(5)[:3])
+    assert batch.inputs["vector"].dtype == torch.float32 and torch.equal(batch.inputs["image"], images(5)[:3])
     assert batch.labels.tolist() == [0, 1, 2] and call(model, batch.inputs).shape == (3, 5)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if name != "y"}
     assert torch.equal(next(as_samples(tensors).batches(3)).inputs["vector"], batch.inputs["vector"])
-    with pytest.raises(InvalidInput, match=r"nor one of the network's inputs \(x\); it holds picture"):
+    with pytest.raises(InvalidInput, match=r"nor one of the network's inputs \(x\); it holds image"):
         load_data(str(tmp_path / "named.npz"), model=make(Chain))
-    np.savez(tmp_path / "odd.npz", picture=np.ones((3, 3, 8, 8)), vector=np.ones((2, 4)))
-    with pytest.raises(InvalidInput, match="3 picture and 2 vector"):
+    np.savez(tmp_path / "odd.npz", image=np.ones((3, 3, 8, 8)), vector=np.ones((2, 4)))
+    with pytest.raises(InvalidInput, match="3 image and 2 vector"):
         load_data(str(tmp_path / "odd.npz"), model=model)
 
 
 def test_reads_npy_file(tmp_path):
-    np.save(tmp_path / "x.npy", pictures(4).numpy())
-    assert torch.equal(all_of(load_data(str(tmp_path / "x.npy")))[0], pictures(4))
+    np.save(tmp_path / "x.npy", images(4).numpy())
+    assert torch.equal(all_of(load_data(str(tmp_path / "x.npy")))[0], images(4))
 
 
 def test_image_arrays_are_scaled_and_normalized_as_set(tmp_path):
@@ -184,12 +184,12 @@ def test_image_arrays_are_scaled_and_normalized_as_set(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_are_independent_of_the_number_of_workers(workers, tmp_path):
-    np.savez(tmp_path / "x.npz", x=pictures(5).numpy(), y=np.arange(5))
+    np.savez(tmp_path / "x.npz", x=images(5).numpy(), y=np.arange(5))
     batches, labels = all_of(load_data(str(tmp_path / "x.npz"), workers=workers), size=2)
-    assert torch.equal(batches, pictures(5)) and labels.tolist() == list(range(5))
+    assert torch.equal(batches, images(5)) and labels.tolist() == list(range(5))
 
 
-def save_picture(path, colour=(10, 20, 30), size=(8, 8)):
+def save_image(path, colour=(10, 20, 30), size=(8, 8)):
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def save_picture(path, colour=(10, 20, 30), size=(8, 8)):
 
 def test_image_folder_is_read_in_order(tmp_path):
     for index in range(3):
-        save_picture(tmp_path / f"{index}.png", (index * 50, 0, 255))
+        save_image(tmp_path / f"{index}.png", (index * 50, 0, 255))
     batches, labels = all_of(load_data(str(tmp_path)))
     assert labels is None and batches.shape == (3, 3, 8, 8)
     assert torch.allclose(batches[:, 0, 0, 0], torch.tensor([0, 50, 100]) / 255) and (batches[:, 2] == 1).all()
@@ -209,7 +209,7 @@ def test_image_folder_is_read_in_order(tmp_path):
 )
 def test_integer_folder_names_are_class_numbers_and_others_are_numbered_in_order(names, labels, tmp_path):
     for name in names:
-        save_picture(tmp_path / name / "picture.png")
+        save_image(tmp_path / name / "image.png")
     assert all_of(load_data(str(tmp_path)))[1].tolist() == labels
 
 
@@ -230,20 +230,20 @@ def test_images_are_resized_as_set(tmp_path):
 def test_result_is_independent_of_the_data_source(script):
     for reference in (f"{script}:data", f"{script}:loader"):
         batches, labels = all_of(load_data(reference))
-        assert torch.equal(batches, pictures(6)) and labels.tolist() == list(range(6))
+        assert torch.equal(batches, images(6)) and labels.tolist() == list(range(6))
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        (pictures(6), torch.arange(6)), (pictures(6).numpy(), np.arange(6)), TensorDataset(pictures(6), torch.arange(6)),
-        DataLoader(TensorDataset(pictures(6), torch.arange(6)), batch_size=2), [(pictures(6)[i], i) for i in range(6)],
+        (images(6), torch.arange(6)), (images(6).numpy(), np.arange(6)), TensorDataset(images(6), torch.arange(6)),
+        DataLoader(TensorDataset(images(6), torch.arange(6)), batch_size=2), [(images(6)[i], i) for i in range(6)],
     ],
     ids=["tensors", "arrays", "data set", "loader", "list"],
 )  # fmt: skip
 def test_all_forms_of_data_give_the_same_samples(data):
     batches, labels = all_of(as_samples(data))
-    assert torch.equal(batches, pictures(6)) and labels.tolist() == list(range(6))
+    assert torch.equal(batches, images(6)) and labels.tolist() == list(range(6))
 
 
 def halved(items):
@@ -252,24 +252,24 @@ def halved(items):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_collate_function_of_a_loader_makes_the_batches(workers):
-    dataset = list(zip(pictures(6), range(6), strict=True))
+    dataset = list(zip(images(6), range(6), strict=True))
     batches, labels = all_of(as_samples(DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=halved)))
-    assert torch.equal(batches, pictures(6) / 2) and labels.tolist() == [1, 2, 3, 4, 5, 6]
+    assert torch.equal(batches, images(6) / 2) and labels.tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_collate_function_of_a_loader_determines_labels():
     words = ["a", "bb", "ccc"]  # items that only the user's function can batch
     samples = as_samples(DataLoader(words, collate_fn=lambda items: torch.tensor([[float(len(word))] for word in items])))
     assert all_of(samples)[0].tolist() == [[1], [2], [3]] and not samples.labelled
-    batches, labels = all_of(as_samples(DataLoader(pictures(4), collate_fn=lambda items: (torch.stack(items) * 2, torch.ones(len(items))))))
-    assert torch.equal(batches, 2 * pictures(4)) and labels.tolist() == [1, 1, 1, 1]
+    batches, labels = all_of(as_samples(DataLoader(images(4), collate_fn=lambda items: (torch.stack(items) * 2, torch.ones(len(items))))))
+    assert torch.equal(batches, 2 * images(4)) and labels.tolist() == [1, 1, 1, 1]
 
 
 def test_workers_and_subset_of_a_loader_are_used():
     def init_worker(worker):
         raise RuntimeError("worker_init_fn has run")
 
-    dataset = TensorDataset(pictures(6), torch.arange(6))
+    dataset = TensorDataset(images(6), torch.arange(6))
     samples = as_samples(DataLoader(dataset, num_workers=1, worker_init_fn=init_worker))
     assert samples.workers == 1
     with pytest.raises(InvalidInput, match="worker_init_fn has run"):
@@ -278,11 +278,11 @@ def test_workers_and_subset_of_a_loader_are_used():
 
 
 @pytest.mark.parametrize(
-    "data", [pictures(6), pictures(6).numpy(), list(pictures(6)), pictures(6).requires_grad_()], ids=["tensor", "array", "list", "grad"]
+    "data", [images(6), images(6).numpy(), list(images(6)), images(6).requires_grad_()], ids=["tensor", "array", "list", "grad"]
 )
 def test_unlabelled_inputs_have_no_labels(data):
     batches, labels = all_of(as_samples(data))
-    assert torch.equal(batches, pictures(6)) and labels is None
+    assert torch.equal(batches, images(6)) and labels is None
 
 
 @pytest.mark.parametrize("data", [None, 7, {"x": 1}, b"x"], ids=["None", "number", "dict", "bytes"])
@@ -366,8 +366,8 @@ def test_existing_path_takes_precedence_over_syntax(tmp_path):
     np.savez(folder / "x#test.npz", x=np.zeros((2, 3)), x_test=np.ones((3, 3)))
     assert len(load_data(str(folder / "x#test.npz"))) == 2
     assert len(load_data(f"{folder / 'x#test.npz'}#test")) == 3
-    save_picture(tmp_path / "pictures#2" / "a.png")
-    assert len(load_data(str(tmp_path / "pictures#2"))) == 1
+    save_image(tmp_path / "images#2" / "a.png")
+    assert len(load_data(str(tmp_path / "images#2"))) == 1
     assert absolute(f"{folder / 'x#test.npz'}#test") == f"{folder / 'x#test.npz'}#test"
     with pytest.raises(InvalidInput, match=r"missing\.npz"):
         load_data(f"{folder / 'missing.npz'}#test")
@@ -382,15 +382,15 @@ def test_rejects_missing_data_by_name(tmp_path):
 
 
 def test_broken_image_is_named(tmp_path):
-    save_picture(tmp_path / "a.png")
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    save_image(tmp_path / "a.png")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no image")
     with pytest.raises(InvalidInput, match=r"broken\.jpg"):
         all_of(load_data(str(tmp_path)))
 
 
 def test_images_of_several_sizes_require_resizing(tmp_path):
-    save_picture(tmp_path / "a.png", size=(8, 8))
-    save_picture(tmp_path / "b.png", size=(9, 7))
+    save_image(tmp_path / "a.png", size=(8, 8))
+    save_image(tmp_path / "b.png", size=(9, 7))
     with pytest.raises(InvalidInput, match="--size"):
         all_of(load_data(str(tmp_path)))
     assert all_of(load_data(str(tmp_path), Preprocessing(size=8)))[0].shape == (2, 3, 8, 8)
@@ -412,7 +412,7 @@ def test_preprocessing_round_trips_through_json():
 
 
 def test_sizes_do_not_apply_to_arrays(tmp_path):
-    np.savez(tmp_path / "x.npz", x=pictures(3).numpy())
+    np.savez(tmp_path / "x.npz", x=images(3).numpy())
     with pytest.raises(InvalidSetting, match="--size"):
         load_data(str(tmp_path / "x.npz"), Preprocessing(size=8))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import Depthwise, NoBatchNorm, Residual, Signal, Tokens, make, pictures
+from networks import Depthwise, NoBatchNorm, Residual, Signal, Tokens, images, make
 from processes import run_processes
 
 import anybit
@@ -29,9 +29,9 @@ from anybit.supernets.supernet import uniform_schemes
 TESTS = Path(__file__).parent.parent
 
 INPUTS = {
-    Residual: lambda: pictures(60),
-    Depthwise: lambda: pictures(60),
-    NoBatchNorm: lambda: pictures(60),
+    Residual: lambda: images(60),
+    Depthwise: lambda: images(60),
+    NoBatchNorm: lambda: images(60),
     Signal: lambda: torch.randn(60, 2, 12, generator=torch.Generator().manual_seed(0)),
     Tokens: lambda: torch.randint(0, 20, (60, 7), generator=torch.Generator().manual_seed(0)),
 }
@@ -87,7 +87,7 @@ def test_every_network_trains_and_loads_bitwise(cls, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"batch_norm": "switch"}, {"per_channel": False}, {"offset_rate": 1e-2}, {"bits": (2, 3)}], ids=str)
 def test_every_form_of_supernet_loads_bitwise(changes, tmp_path):
-    """Bitwise, mixed schemes included: with a batch norm for each bit-width every layer keeps its own."""
+    """Mixed schemes included: with a batch norm per bit-width, every layer keeps its own."""
     supernet, x = trained(**changes, test=labelled()), labelled()[0]
     loaded = anybit.load_supernet(supernet.save(tmp_path / "run"), model=make(Residual, seed=5))
     for scheme in (*uniform_schemes(supernet).values(), random_scheme(supernet)):
@@ -98,7 +98,7 @@ def test_every_form_of_supernet_loads_bitwise(changes, tmp_path):
 
 
 class Reversed(torch.nn.Module):
-    """Layers defined in another order than they run."""
+    """Layers that are defined in another order than they run in."""
 
     def __init__(self):
         super().__init__()

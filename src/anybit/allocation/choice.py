@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from anybit.allocation.program import Allocation, allocate, best_allocations, least_costs, make_problem
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import BITS, BYTES, DROP, LOSS, Budget, Condition
-from anybit.data.batches import Batch
+from anybit.data.batches import Batch, Labels
 from anybit.data.tasks import Metric, Task, distance, labels_in, measure, named_task, outputs_of, score
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.files.cache import Cache
@@ -68,7 +68,7 @@ class Judge:
         return (self.task.counted if self.scored else None) if self.metric is None else "metric"
 
     @property
-    def labels(self) -> Tensor | None:
+    def labels(self) -> Labels | None:
         return labels_in(self.held_out)
 
 

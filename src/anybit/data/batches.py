@@ -1,7 +1,7 @@
 """A batch: the arguments of `forward`, and optional labels. Samples become batches here and nowhere else."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +14,14 @@ from torch.utils.data import default_collate
 from anybit.errors import AnybitError, InvalidInput, UnsupportedModel
 
 Inputs = Tensor | tuple | dict
+
+
+class Targets(list):
+    """Labels that are not numbers, one per sample as the data's items hold them (dictionaries of boxes, lists): only a custom metric reads
+    them."""
+
+
+Labels = Tensor | Targets
 IGNORED = -100
 """The label of a token or place that is not scored, as in PyTorch's cross-entropy."""
 
@@ -41,13 +49,14 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """`inputs`: a tensor, a tuple (positional arguments) or a dict (keyword arguments); `labels`: int64 [N] or None.
+    """`inputs`: a tensor, a tuple (positional arguments) or a dict (keyword arguments); `labels`: numbers [N, ...], `Targets` or
+    None.
 
     `reader` reads the model's output; None reads its first tensor. `places` are the samples' numbers in the data, if known.
     """
 
     inputs: Inputs
-    labels: Tensor | None = None
+    labels: Labels | None = None
     reader: Reader | None = None
     places: tuple[int, ...] | None = None
 
@@ -68,8 +77,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Move the batch to `device`."""
-        labels = None if self.labels is None else self.labels.to(device)
-        return Batch(map_tensors(self.inputs, lambda t: t.to(device)), labels, self.reader, self.places)
+        inputs, labels = map_tensors((self.inputs, self.labels), lambda tensor: tensor.to(device))
+        return Batch(inputs, labels, self.reader, self.places)
 
     def head(self, count: int) -> "Batch":
         """Return the inputs of the first samples, without labels."""
@@ -243,6 +252,18 @@ def first_tensor(value: Any) -> Tensor:
     if not tensors:
         raise InvalidInput(f"No tensor in a {type(value).__name__}: inputs and outputs must hold at least one.")
     return tensors[0]
+
+
+def join_labels(labels: Sequence[Labels]) -> Labels:
+    """Join the labels of batches. Raises InvalidInput if they differ in shape, or only some are numbers."""
+    if all(isinstance(one, Targets) for one in labels):
+        return Targets(target for one in labels for target in one)
+    tensors = [one for one in labels if isinstance(one, Tensor)]
+    other = next((one for one in tensors if one.shape[1:] != tensors[0].shape[1:]), None)
+    if other is not None or len(tensors) < len(labels):
+        shapes = "only some are numbers" if other is None else f"{list(tensors[0].shape)} and {list(other.shape)}"
+        raise InvalidInput(f"Labels of batches differ in shape: {shapes}. Give all labels the same shape.")
+    return torch.cat(tensors)
 
 
 def join(batches: list[Batch]) -> Batch:

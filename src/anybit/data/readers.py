@@ -87,7 +87,7 @@ def token_reader(model: nn.Module, batch: Batch) -> PaddedTokens | None:
             if token_mask(first_tensor(call(model, texts.inputs)), texts) is None:
                 return None
         labels = batch.labels
-        classes = labels is not None and labels.shape == mask.shape and not labels.is_floating_point()
+        classes = isinstance(labels, Tensor) and labels.shape == mask.shape and not labels.is_floating_point()
         return PaddedTokens("token-classification" if classes else None)
     return None
 

@@ -1,5 +1,6 @@
 """Samples: a data set, drawn and split by seed."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from anybit.data.batches import Batch, Reader, map_tensors, padded, stacked
+from anybit.data.batches import Batch, Reader, Targets, map_tensors, padded, stacked, tensors_in
 from anybit.data.reading import Batches, length_of, loaded, name_of, reading, whole
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.files.contents import contents_of
@@ -30,6 +31,7 @@ class Samples:
     whole batches through `__getitems__`. `name` is the data set's name in messages.
     `classes`: labels are class numbers, although they are stored as floats or in a column; `one_hot`: they are zeros and a one for each
     class, along this dimension of a batch's labels. `unlabelled` is a sentence that says why there are no labels, with a space at its end.
+    `targets` splits an item as `split`, with labels that only a custom metric reads; `listed`: labels are such, `Targets`.
     """
 
     dataset: Dataset | Sequence
@@ -46,6 +48,8 @@ class Samples:
     classes: bool = False
     one_hot: int | None = None
     unlabelled: str = ""
+    targets: Callable[[Any], tuple[Any, Any]] | None = None
+    listed: bool = False
 
     def __len__(self) -> int:
         return length_of(self.dataset, self.name)
@@ -53,6 +57,12 @@ class Samples:
     def on(self, device: str) -> "Samples":
         """Return the samples with their batches on `device`."""
         return replace(self, device=device)
+
+    def for_metric(self) -> "Samples":
+        """Return the samples with the labels that only a custom metric reads, if they have such."""
+        if self.targets is None:
+            return self
+        return replace(self, labelled=True, split=self.targets, targets=None, listed=True, unlabelled="")
 
     def subset(self, indices: Sequence[int]) -> "Samples":
         """Return only these samples, in this order."""
@@ -73,15 +83,17 @@ class Samples:
         batches = Batches(self.dataset, parts, self._collate, self.name)
         for part, batch in zip(parts, loaded(batches, min(self.workers, len(parts)), generator=generator, **self.loading), strict=True):
             labels, reader = batch.labels if self.labelled else None, batch.reader or self.reader
-            if reader is not None and labels is not None:
-                labels = reader.align(labels, batch)
-            if self.one_hot is not None and labels is not None:
-                labels = from_one_hot(labels, self.one_hot)
-            if self.classes and labels is not None:
-                labels = class_numbers(labels)
+            if isinstance(labels, Tensor):
+                labels = self._read(labels, batch, reader)
             places = tuple(part) if own is None else tuple(own[index] for index in part)
             inputs = map_tensors(batch.inputs, _as_float32)
             yield replace(batch, inputs=inputs, labels=labels, reader=reader, places=places).to(self.device)
+
+    def _read(self, labels: Tensor, batch: Batch, reader: Reader | None) -> Tensor:
+        """Return labels that are numbers, as the reader and their form ask for."""
+        labels = labels if reader is None else reader.align(labels, batch)
+        labels = labels if self.one_hot is None else from_one_hot(labels, self.one_hot)
+        return class_numbers(labels) if self.classes else labels
 
     def by_length(self) -> "Samples":
         """Return the samples sorted by length, if the data set knows lengths, so that batches need less padding."""
@@ -112,10 +124,13 @@ class Samples:
         assert self.split is not None
         if self.collate is stacked:
             pairs = [self.split(item) for item in items]
-            own, labels_of_own = padded([own for own, _ in pairs], [label for _, label in pairs])
-            inputs, labels = stacked(own), stacked(labels_of_own) if self.labelled else None
+            given = [label for _, label in pairs]
+            own, labels_of_own = padded([own for own, _ in pairs], [] if self.listed else given)
+            inputs, labels = stacked(own), given if self.listed else stacked(labels_of_own) if self.labelled else None
         else:
             inputs, labels = self.split(self._collated(items))
+        if self.listed:
+            return Batch(_as_inputs(inputs), _targets_of(labels, len(items)))
         return Batch(_as_inputs(inputs), _as_labels(labels) if self.labelled else None)
 
 
@@ -129,6 +144,18 @@ def _as_inputs(inputs: Any) -> Any:
     if isinstance(inputs, (list, tuple)):
         return inputs[0] if len(inputs) == 1 and not isinstance(inputs[0], Mapping) else tuple(inputs)
     return inputs
+
+
+def _targets_of(labels: Any, count: int) -> Targets:
+    """Return the labels of a batch, a list, or a dictionary of tensors with a row per sample, as one label per sample."""
+    if isinstance(labels, (list, tuple)) and len(labels) == count:
+        return Targets(labels)
+    if isinstance(labels, Mapping) and all(tensor.dim() and len(tensor) == count for tensor in tensors_in(labels)):
+        return Targets(map_tensors(dict(labels), operator.itemgetter(row)) for row in range(count))
+    raise InvalidInput(
+        f"The labels of a batch of {count} samples are a {type(labels).__name__}, not a list with one label per sample. Let the collate_fn "
+        "return one."
+    )
 
 
 def have_form_of_classes(labels: Tensor, outputs: Tensor) -> bool:

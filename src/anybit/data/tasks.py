@@ -3,8 +3,9 @@
 Files, settings and the command line use a task's name; `TASKS` maps names to tasks.
 """
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,7 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybit.data.batches import IGNORED, Batch, Reader, check_numbers, evaluating, map_tensors, naming_sample, predict
+from anybit.data.batches import (
+    IGNORED,
+    Batch,
+    Labels,
+    Reader,
+    Targets,
+    check_numbers,
+    evaluating,
+    join_labels,
+    map_tensors,
+    naming_sample,
+    predict,
+)
 from anybit.data.distances import (
     BINARY_DIVERGENCE,
     CHANNEL_DIVERGENCE,
@@ -33,8 +46,9 @@ from anybit.data.outputs import OutputReader
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 from anybit.progress import tell
 
-Metric = Callable[[Any, Tensor], float]
-"""A custom metric, higher is better: a function of (outputs, labels), with the outputs a tensor, or a tuple of several."""
+Metric = Callable[[Any, Any], float]
+"""A custom metric, higher is better: a function of (outputs, labels), with the outputs a tensor, or a tuple of several, and the labels a
+tensor, or a list with the label of each sample if they are not numbers of one shape."""
 VOID = 255
 """The label of a place that is not scored if there are fewer classes, as in PASCAL VOC."""
 
@@ -489,10 +503,10 @@ def joined(outputs: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(outputs))
 
 
-def labels_in(batches: Sequence[Batch]) -> Tensor | None:
+def labels_in(batches: Sequence[Batch]) -> Labels | None:
     """Return the labels of the batches, or None."""
     labels = [batch.labels for batch in batches if batch.labels is not None]
-    return torch.cat(labels) if labels and len(labels) == len(batches) else None
+    return join_labels(labels) if labels and len(labels) == len(batches) else None
 
 
 class Guess(NamedTuple):
@@ -598,7 +612,7 @@ def task_of(
     `labelled` are outputs with labels, if any, and `model` is the network, which may state its classes."""
     if isinstance(task, Task):
         return task
-    labels, classes = None if labelled is None else labelled.labels, getattr(model, "num_classes", None)
+    labels, classes = labelled.labels if labelled and isinstance(labelled.labels, Tensor) else None, getattr(model, "num_classes", None)
     guess = Guess(task) if task else guess_task(outputs if labelled is None else labelled.outputs, reader, labels, classes)
     if guess.reason:
         if labels is not None:
@@ -700,14 +714,16 @@ def places(outputs: Tensor, labels: Tensor) -> Tensor:
     return (outputs > own).sum(1) + ((outputs == own) & before).sum(1)
 
 
-def check_labels(outputs: Tensor, labels: Tensor, task: str | Task) -> None:
+def check_labels(outputs: Tensor, labels: Labels, task: str | Task) -> None:
     """Raise InvalidInput if `labels` cannot be labels of such `outputs`."""
+    if isinstance(labels, Targets):
+        raise InvalidInput(f"The labels are {_described(labels)}, which only a --metric can score. Give one.")
     if labels.is_complex():
         raise InvalidInput(f"The labels are complex numbers ({labels.dtype}), which no task has. Give real ones, or score with --metric.")
     named_task(task).check(outputs, labels)
 
 
-def fits(outputs: Tensor, labels: Tensor, task: str | Task) -> bool:
+def fits(outputs: Tensor, labels: Labels, task: str | Task) -> bool:
     """Return whether the labels fit the task."""
     with suppress(InvalidInput):
         check_labels(outputs, labels, task)
@@ -715,9 +731,11 @@ def fits(outputs: Tensor, labels: Tensor, task: str | Task) -> bool:
     return False
 
 
-def labels_fit(outputs: Tensor, labels: Tensor, task: Task, needed: bool = False) -> bool:
+def labels_fit(outputs: Tensor, labels: Labels, task: Task, needed: bool = False) -> bool:
     """Return whether the labels fit the task. If not, raise InvalidInput if they are `needed`, or if they are class numbers that the
-    network lacks, which is always a mistake; otherwise leave a note."""
+    network lacks, which is always a mistake; otherwise leave a note, unless they are for a metric alone."""
+    if isinstance(labels, Targets):
+        return False
     try:
         check_labels(outputs, labels, task)
     except InvalidInput as error:
@@ -740,12 +758,12 @@ def metric_name(metric: Metric) -> str:
     return getattr(metric, "__name__", "metric")
 
 
-def measure(metric: Metric, outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> float:
+def measure(metric: Metric, outputs: Tensor | tuple[Tensor, ...], labels: Labels) -> float:
     """Call a custom metric on copies, into which it may write. Raises InvalidInput naming it if it fails or does not return a finite
     number."""
     name = metric_name(metric)
     try:
-        value = metric(map_tensors(outputs, Tensor.clone), labels.clone())
+        value = metric(map_tensors(outputs, Tensor.clone), _copied(labels))
     except AnybitError:
         raise
     except (Exception, SystemExit) as error:
@@ -768,14 +786,23 @@ def measure(metric: Metric, outputs: Tensor | tuple[Tensor, ...], labels: Tensor
     return number
 
 
-def _described(tensor: Tensor | tuple[Tensor, ...]) -> str:
+def _copied(labels: Labels) -> Any:
+    """Return a copy, a plain list of labels that are not numbers."""
+    return labels.clone() if isinstance(labels, Tensor) else copy.deepcopy(list(labels))
+
+
+def _described(tensor: Tensor | tuple[Tensor, ...] | Targets) -> str:
     if isinstance(tensor, tuple):
         return ", ".join(map(_described, tensor))
+    if isinstance(tensor, Targets):
+        first = tensor[0] if tensor else None
+        held = f"dict of {', '.join(map(str, first))}" if isinstance(first, Mapping) else type(first).__name__
+        return f"a list of {len(tensor)} (the first is a {held})"
     return f"{list(tensor.shape)} ({str(tensor.dtype).removeprefix('torch.')})"
 
 
 def score(
-    outputs: Tensor, labels: Tensor, task: str | Task, metric: Metric | None = None, reader: Reader | None = None
+    outputs: Tensor, labels: Labels, task: str | Task, metric: Metric | None = None, reader: Reader | None = None
 ) -> dict[str, float]:
     """Return name -> score of outputs against labels: the task's scores, the reader's own, and the user's metric."""
     if len(labels) != len(outputs):
@@ -786,6 +813,7 @@ def score(
     if own and not fits(outputs, labels, task):  # the metric interprets them
         return own
     check_labels(outputs, labels, task)
+    assert isinstance(labels, Tensor), "others are refused"
     return task.scores(outputs, labels) | ({} if reader is None else reader.score(outputs, labels)) | own
 
 
@@ -794,13 +822,13 @@ class LabelledOutputs:
     """A network's outputs on labelled batches, with the labels and the batches' `reader`."""
 
     outputs: Tensor
-    labels: Tensor
+    labels: Labels
     reader: Reader | None = None
 
     @classmethod
     def of(cls, model: nn.Module, batches: Iterable[Batch]) -> "LabelledOutputs":
         """Run `model` on the batches. Raises InvalidInput if one has no labels."""
-        labels: list[Tensor] = []
+        labels: list[Labels] = []
         readers: list[Reader | None] = []
 
         def watched() -> Iterable[Batch]:
@@ -813,7 +841,7 @@ class LabelledOutputs:
                 yield batch
 
         outputs = outputs_of(model, watched())
-        return cls(outputs, torch.cat(labels), readers[0])
+        return cls(outputs, join_labels(labels), readers[0])
 
     def scores(self, task: str | Task | None = None, metric: Metric | None = None, reference: Tensor | None = None) -> dict[str, Any]:
         """Return name -> score; with the float model's outputs as `reference`, also the distance to them and related numbers."""
@@ -827,7 +855,7 @@ class LabelledOutputs:
             if isinstance(value, float) and not math.isfinite(value):
                 wrong = (~torch.isfinite(self.outputs.reshape(len(self.outputs), -1)).all(1)).nonzero().flatten().tolist()
                 what = "outputs"
-                if not wrong:
+                if not wrong and isinstance(self.labels, Tensor):
                     what = "labels"
                     wrong = (~torch.isfinite(self.labels.reshape(len(self.labels), -1)).all(1)).nonzero().flatten().tolist()
                 which = f": the {what} are NaN or infinite on {len(wrong)} {unit}, the first is {wrong[0]}" if wrong else ""
@@ -869,6 +897,7 @@ def task_loss(outputs: Tensor, batch: Batch, task: str | Task, teacher: nn.Modul
         if batch.labels is None:
             raise InvalidInput("Training needs labels, and this data has none. Give labelled data, or --distill=1.")
         check_labels(outputs, batch.labels, task)
+        assert isinstance(batch.labels, Tensor), "others are refused"
         loss = (1 - distill) * task.loss(outputs, batch.labels)
     if distill > 0:
         assert teacher is not None, "distillation needs a teacher"

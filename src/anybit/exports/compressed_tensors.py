@@ -298,7 +298,8 @@ def verify_folder(
     if failures:  # only the run's own files are passed to transformers
         tell("result", ok=False, failures=failures)
         return report
-    inputs = compared(canonical.model, inputs_for(run, file, canonical.model, data, workers), {}, task_of_labels(None, file.task))
+    inputs = inputs_for(run, file, canonical.model, data, workers, metric)
+    inputs = compared(canonical.model, inputs, {}, task_of_labels(None, file.task))
     inputs = first_of(inputs, samples)
     batches = list(inputs.batches(64))
     check_finite(batches)

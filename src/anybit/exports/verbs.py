@@ -133,7 +133,7 @@ def verify(
     path = Path(onnx)
     canonical, file = opened(run, model)
     integer = load(path)
-    inputs = inputs_for(run, file, canonical.model, data, workers)
+    inputs = inputs_for(run, file, canonical.model, data, workers, metric)
     inputs = compared(canonical.model, inputs, file.outputs or {}, task_of_labels(None, file.task))
     first = _first(inputs, CHECKED, canonical.model)
     inputs = first_of(inputs, samples)

@@ -135,7 +135,7 @@ def _pass(run: _Run, batch: Batch) -> Tensor:
         loss = run.trainee.loss(outputs, batch, task_loss(outputs, batch, run.task, run.teacher, run.settings.distill))
     penalty = run.trainee.penalty().to(loss.device)
     labels = batch.labels if run.task.of_one_class else None
-    right = torch.zeros_like(loss) if labels is None else correct(run.task.judged(outputs), labels).float().mean()
+    right = correct(run.task.judged(outputs), labels).float().mean() if isinstance(labels, Tensor) else torch.zeros_like(loss)
     results = average(
         torch.stack([loss.detach().float(), penalty.detach(), right.detach()])
     )  # averaged, so that all processes stop together

@@ -276,23 +276,24 @@ class MultiQuant:
 
     def _labelled(self, outputs: Tensor, batch: Batch, task_loss: Tensor) -> Tensor:
         rule, share = self.settings.label, self.settings.label_weight
-        if rule == "adaptive" and batch.labels is None:
+        labels = batch.labels if isinstance(batch.labels, Tensor) else None
+        if rule == "adaptive" and labels is None:
             raise InvalidSetting(
                 "The adaptive label needs labels, and this data has none. Give labelled data, or label teacher or one-hot."
             )
         if self.classes is None or rule == "one-hot":
             return task_loss
         log_p = F.log_softmax(outputs.float(), -1)
-        if rule == "teacher" or batch.labels is None:  # only the teacher works without labels
+        if rule == "teacher" or labels is None:  # only the teacher works without labels
             wider, self.wider = self.wider, log_p.detach()
             if wider is None:
                 return task_loss
             return (1 - share) * task_loss + share * F.kl_div(log_p, wider, log_target=True, reduction="batchmean")
         with torch.no_grad():
-            right = log_p.argmax(-1) == batch.labels
-            self.right.index_add_(0, batch.labels, log_p.exp() * right[:, None])
-            soft = self.labels[batch.labels]
-            soft = torch.where(soft.sum(-1, keepdim=True) > 0, soft, F.one_hot(batch.labels, self.classes).to(soft.dtype))
+            right = log_p.argmax(-1) == labels
+            self.right.index_add_(0, labels, log_p.exp() * right[:, None])
+            soft = self.labels[labels]
+            soft = torch.where(soft.sum(-1, keepdim=True) > 0, soft, F.one_hot(labels, self.classes).to(soft.dtype))
         return (1 - share) * task_loss - share * (soft * log_p).sum(-1).mean()
 
     def end_of_epoch(self) -> None:

@@ -18,7 +18,7 @@ from anybit.data.tasks import Metric, joined, keeping_task, labels_fit, labels_i
 from anybit.environment import StageClock
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.files.cache import open_cache
-from anybit.files.contents import contents_of, digest
+from anybit.files.contents import digest
 from anybit.networks.candidates import Candidates, to_tensors
 from anybit.networks.layers import float_bias
 from anybit.networks.observed import ObservedNetwork, observe_network
@@ -27,7 +27,7 @@ from anybit.reports.bars import shown_in_notebooks
 from anybit.roads import expected
 from anybit.roads.calibrate import finish
 from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, on_device, read_alike
-from anybit.roads.keys import data_digest, key_of_run, weights_digest
+from anybit.roads.keys import data_digest, key_of_run, metric_digest, weights_digest
 from anybit.roads.latencies import with_latencies
 from anybit.roads.memory import check_memory
 from anybit.roads.result import Result
@@ -86,15 +86,15 @@ def allocate(
     settings = replace(recorded_settings, **{name: value for name, value in overrides.items() if value is not None})
     clock = StageClock()
     recorded = Preprocessing.from_json(file.preprocessing)
-    samples = samples_from(recorded_data(folder, file) if data is None else data, workers, recorded, float_model, settings.samples).on(
-        device
-    )
+    samples = samples_from(recorded_data(folder, file) if data is None else data, workers, recorded, float_model, settings.samples, metric)
+    samples = samples.on(device)
     if test is None:
         check_metric_has_labels(metric, samples)
     read_as = task_of_labels(settings.task, file.task)
     if "outputs" in saved["settings"]:  # else its table only covers the first output
         samples = compared(float_model, samples, settings.outputs, read_as)
-    tests = None if test is None else checked_tests(samples_from(test, workers, recorded, float_model).on(device), float_model)
+    tests = None if test is None else samples_from(test, workers, recorded, float_model, metric=metric).on(device)
+    tests = None if tests is None else checked_tests(tests, float_model)
     tests = read_alike(tests, samples, float_model, read_as)
     with clock.stage("observe and fold"):
         calibration = split(draw(samples, settings.samples, settings.seed), settings.seed, settings.held_out, settings.batch_size)
@@ -118,7 +118,8 @@ def allocate(
         forward = (time.perf_counter() - started) / max(len(reference), 1)
         targets = batch_norm_targets(network, calibration, settings) if settings.bn_tuning and network.norms else {}
         entries = key_of_run(open_cache(cache), network, calibration, [reference], settings)
-        entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json(), metric and contents_of(metric))
+        entries = entries.keyed(digest(to_tensors(candidates).values()), saved["table"], settings.to_json())
+        entries = entries.keyed(metric_digest(metric, calibration.held_out))
     task, labels = task_of(reference, calibration.held_out[0].reader, file.task), labels_in(calibration.held_out)
     scored = labels is not None and labels_fit(reference, labels, task, needed=metric is None and limits.loss() is DROP)
     judge = Judge(network, candidates, calibration.held_out, reference, task, metric, entries, scored)

@@ -29,7 +29,6 @@ from anybit.data.tasks import evaluate as evaluate_model
 from anybit.environment import StageClock, environment
 from anybit.errors import InvalidSetting
 from anybit.files.cache import Cache, open_cache, report_and_trim
-from anybit.files.contents import contents_of
 from anybit.methods.table import rounding_named
 from anybit.networks.canonical import Canonical
 from anybit.networks.edges import as_ranges
@@ -60,6 +59,7 @@ from anybit.roads.keys import (
     data_digest,
     key_of_run,
     keyed_by_settings,
+    metric_digest,
     weights_digest,
 )
 from anybit.roads.latencies import measured_latencies, with_latencies
@@ -115,7 +115,8 @@ def calibrate(
     weights   file of a state dict, loaded into a network given by reference
     preprocessing  of images given by reference; recorded for later verbs, with absolute references
     test      labelled data for the report; nothing is chosen on it
-    metric    a function of (outputs, labels), higher is better: reported, and used by "drop=" budgets in place of top-1
+    metric    a function of (outputs, labels), higher is better: reported, and used by "drop=" budgets in place of top-1; labels
+              such as {"boxes": ..., "labels": ...} are a list, one per sample
     workers   number of processes that load data
     device    where to compute; the result is on the CPU
     cache     store the result of every stage, in this folder or (True) in the user's cache directory: a run that was killed, or has another
@@ -129,12 +130,13 @@ def calibrate(
         raise InvalidSetting("budget is an empty list. Give budgets, such as ['4bit', '3bit'], or none to keep 8 bits where possible.")
     budgets = [None] if budget is None else list(parse_budgets(listed(budget)))
     model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, options.task)
-    samples = draw(samples_from(data, workers, preprocessing, model, options.samples), options.samples, options.seed).on(device)
+    samples = samples_from(data, workers, preprocessing, model, options.samples, metric)
+    samples = draw(samples, options.samples, options.seed).on(device)
     if test is None:
         check_metric_has_labels(metric, samples)
     network = on_device(model, device, samples).eval()
     samples = compared(network, samples, options.outputs, options.task)
-    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), network)
+    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model, metric=metric).on(device), network)
     tests = read_alike(tests, samples, network, options.task)
     clock = StageClock()
     entries = open_cache(cache)
@@ -221,7 +223,8 @@ def prepare_bench(
     cache = keyed_by_settings(cache, settings, SENSITIVITY).keyed(task.name)
     with clock.stage("sensitivity"):
         table = sensitivity_table(network, candidates, calibration, reference, task, settings, cache)
-    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache.keyed(metric and contents_of(metric)), scored)
+    recall = cache.keyed(metric_digest(metric, calibration.held_out))
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, recall, scored)
     return CalibrationState(
         network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors, float_test, notes
     )

@@ -39,14 +39,14 @@ def evaluate(
     model   a network, a result, a run folder, or a reference as for `--model`; task, outputs and preprocessing default to those of
             the result or run
     data, workers, device, preprocessing  as for `calibrate`
-    metric    a function of (outputs, labels), higher is better
+    metric    a function of (outputs, labels), higher is better; labels such as {"boxes": ..., "labels": ...} are a list, one per sample
     outputs   names or numbers of the outputs to read (-> any weight); labels belong to the first, and the metric gets a tuple
 
     Raises InvalidInput for missing labels, or labels that do not fit the outputs.
     """
     recorded = recorded_outputs(model)
     model, preprocessing, task = _network(model, preprocessing, task)
-    samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model)
+    samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model, metric=metric)
     if len(samples) == 0:
         raise InvalidInput("The data is empty. Give at least one labelled sample.")
     network = on_device(model, device, samples)

@@ -165,7 +165,7 @@ def extract(
     if test is not None:
         read_as = task_of_labels(supernet.settings.task, supernet.task)
         preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
-        tests = checked_tests(samples_from(test, workers, preprocessing, canonical.model), canonical.model)
+        tests = checked_tests(samples_from(test, workers, preprocessing, canonical.model, metric=metric), canonical.model)
         tests = (
             compared(canonical.model, tests, supernet.settings.outputs, read_as)
             if samples is None

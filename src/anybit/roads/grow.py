@@ -38,7 +38,7 @@ from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.expected import training_stages
-from anybit.roads.inputs import checkpoint_place, described_inputs, training_inputs
+from anybit.roads.inputs import check_trains, checkpoint_place, described_inputs, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.settings import GrowSettings
@@ -194,6 +194,7 @@ def grow(
     float_model, samples, tests, provenance = training_inputs(
         model, weights, train, test, metric, preprocessing, workers, device, grow_settings.task, grow_settings.outputs
     )
+    check_trains(samples, grow_settings.train.distill)
     ends = ["freeze", "edge ranges", *(["test"] if tests is not None else [])]
     plan(training_stages(len(samples), grow_settings.train.epochs, 0 if tests is None else len(tests), ends))
     with clock.stage("observe and fold"):

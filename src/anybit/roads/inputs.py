@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from anybit.data.batches import Batch, join
 from anybit.data.samples import Calibration, Samples
@@ -65,7 +65,7 @@ def read_alike(tests: Samples | None, samples: Samples, model: nn.Module, task: 
         return None
     tests = replace(tests, reader=samples.reader) if tests.reader is None else tests
     labels = first_samples(samples).labels
-    return with_class_numbers(model, tests, task, one_hot=labels is None or labels.dim() < 2)
+    return with_class_numbers(model, tests, task, one_hot=not isinstance(labels, Tensor) or labels.dim() < 2)
 
 
 def unread_in_words(network: ObservedNetwork) -> str:
@@ -97,6 +97,12 @@ def check_metric_has_labels(metric: Metric | None, samples: Samples) -> None:
         )
     if samples.reader is not None and samples.reader.task is not None:
         check_metric(metric, samples.reader.task)
+
+
+def check_trains(samples: Samples, distill: float) -> None:
+    """Raise InvalidInput if training needs labels that the samples lack."""
+    if distill < 1 and not samples.labelled:
+        raise InvalidInput(f"Training needs labels, and this data has none. {samples.unlabelled}Give labelled data, or --distill=1.")
 
 
 def checked_tests(samples: Samples, model: nn.Module) -> Samples:
@@ -164,17 +170,20 @@ def training_inputs(
     samples = samples_from(data, workers, preprocessing, model).on(device)
     float_model = on_device(model, device, samples).eval()
     samples = compared(float_model, samples, outputs, task)
-    tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model).on(device), float_model)
+    tests = None
+    if test is not None:
+        tests = checked_tests(samples_from(test, workers, preprocessing, model, metric=metric).on(device), float_model)
     return float_model, samples, read_alike(tests, samples, float_model, task), provenance
 
 
-def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int) -> Samples:
+def supernet_data(run: str | Path | Supernet, supernet: Supernet, data: Any, workers: int, metric: Metric | None = None) -> Samples:
     """Return the data, preprocessed as for the supernet; by default the recorded data of the user's own supernet."""
     if data is None:
         data = supernet.about.get("data", {}).get("reference")
         if not isinstance(data, str) or isinstance(run, Supernet) or not is_trusted(Path(run), SUPERNET_JSON):
             raise InvalidSetting("The supernet does not name data that anybit may load. Give its training data with --data.")
-    samples = samples_from(data, workers, Preprocessing.from_json(supernet.about.get("preprocessing", {})), supernet.model)
+    preprocessing = Preprocessing.from_json(supernet.about.get("preprocessing", {}))
+    samples = samples_from(data, workers, preprocessing, supernet.model, metric=metric)
     samples = compared(supernet.network, samples, supernet.settings.outputs, task_of_labels(supernet.settings.task, supernet.task))
     check_outputs(supernet.network, first_samples(samples))
     return samples

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, first_tensor, tensors_in
+from anybit.data.batches import Batch, Targets, first_tensor, tensors_in
 from anybit.data.contents import contents_of_samples
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric
@@ -45,10 +45,19 @@ def key_of_run(
 
 
 def data_digest(calibration: Calibration) -> str:
-    """Return the SHA-256 of the inputs and labels of a run."""
-    return digest(
-        [tensor for batch in [*calibration.fitting, *calibration.held_out] for tensor in tensors_in([batch.inputs, batch.labels])]
-    )
+    """Return the SHA-256 of the inputs and labels of a run, except labels that only a metric reads."""
+    return _numbers_digest([*calibration.fitting, *calibration.held_out])
+
+
+def _numbers_digest(batches: Sequence[Batch]) -> str:
+    labels = [batch.labels if isinstance(batch.labels, Tensor) else None for batch in batches]
+    return digest([tensor for batch, own in zip(batches, labels, strict=True) for tensor in tensors_in([batch.inputs, own])])
+
+
+def metric_digest(metric: Metric | None, batches: Sequence[Batch]) -> str | None:
+    """Return the SHA-256 of a custom metric and of the labels that only it reads; None without a metric."""
+    targets = [batch.labels for batch in batches if isinstance(batch.labels, Targets)]
+    return None if metric is None else contents_of([metric, targets] if targets else metric)
 
 
 def weights_digest(network: ObservedNetwork) -> str:
@@ -83,10 +92,9 @@ def key_of_supernet(recall: Cache, supernet: Supernet, batches: Sequence[Batch],
         if name.endswith("_quantizer.start") or not (name.startswith(norms) or "_quantizer." in name)
     }
     numbers = dict(supernet.model.named_parameters()) | fixed
-    data = digest([tensor for batch in batches for tensor in tensors_in([batch.inputs, batch.labels])])
     return recall.keyed(
-        code_version(), machine(first_tensor(batches[0].inputs).device), digest(numbers), network_contents(supernet.network), data,
-        supernet.settings.to_json(), metric and contents_of(metric),
+        code_version(), machine(first_tensor(batches[0].inputs).device), digest(numbers), network_contents(supernet.network),
+        _numbers_digest(batches), supernet.settings.to_json(), metric_digest(metric, batches),
     )  # fmt: skip
 
 

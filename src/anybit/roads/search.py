@@ -319,7 +319,7 @@ def search(
     options = SearchSettings.of(**settings)
     budgets = parse_budgets(listed(budget), check_is_counted)
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
-    samples = supernet_data(run, supernet, data, workers).on(device)
+    samples = supernet_data(run, supernet, data, workers, metric).on(device)
     supernet = supernet_with_latencies(supernet, samples, budgets)
     for one in budgets:
         check_fits(supernet, one)

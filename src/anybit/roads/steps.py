@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from anybit.allocation.choice import Choice, Judge, choose_scheme
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import Budget
+from anybit.data.batches import Labels
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import LabelledOutputs, Metric, Task
 from anybit.environment import StageClock
@@ -232,11 +233,18 @@ def float_tested(
         return FloatTest(tests, on_tests.outputs, scores, note)
 
 
-def chance_in_words(outputs: Tensor, labels: Tensor, task: Task, where: str) -> str:
+def chance_in_words(outputs: Tensor, labels: Labels, task: Task, where: str) -> str:
     """Write a note on a network that classifies no better than by always naming the most frequent class; empty where it does, or where
     the samples are too few to know. Weights that were not loaded show by this."""
     outputs = task.judged(outputs)
-    if task.counted != "top1" or labels.dim() != 1 or labels.is_complex() or outputs.dim() != 2 or len(labels) < KNOWN:
+    if (
+        not isinstance(labels, Tensor)
+        or task.counted != "top1"
+        or labels.dim() != 1
+        or labels.is_complex()
+        or outputs.dim() != 2
+        or len(labels) < KNOWN
+    ):
         return ""
     right = float((outputs.argmax(1).cpu() == labels.cpu()).double().mean())
     frequent = float(labels.unique(return_counts=True)[1].max()) / len(labels)
@@ -249,7 +257,7 @@ def chance_in_words(outputs: Tensor, labels: Tensor, task: Task, where: str) -> 
     )
 
 
-def notes_on_chance(float_test: FloatTest | None, outputs: Tensor, labels: Tensor | None, task: Task) -> list[str]:
+def notes_on_chance(float_test: FloatTest | None, outputs: Tensor, labels: Labels | None, task: Task) -> list[str]:
     """Print and return the note on a float network that is at chance on the test data, or else on held-out inputs with `labels`."""
     note = float_test.note if float_test else "" if labels is None else chance_in_words(outputs, labels, task, "held-out inputs")
     if note:

@@ -20,7 +20,7 @@ from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.expected import training_stages
 from anybit.roads.grow import few_batches, watched_batches
-from anybit.roads.inputs import checkpoint_place, described_inputs, on_device, training_inputs
+from anybit.roads.inputs import check_trains, checkpoint_place, described_inputs, on_device, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import test_scores
 from anybit.settings import takes
@@ -64,6 +64,7 @@ def train(
     float_model, samples, tests, provenance = training_inputs(
         model, weights, data, test, metric, preprocessing, workers, device, options.task, options.outputs
     )
+    check_trains(samples, options.train.distill)
     ends = ["store", *(["test"] if tests is not None else [])]
     plan(training_stages(len(samples), options.train.epochs, 0 if tests is None else len(tests), ends))
     with clock.stage("observe and fold"):

@@ -12,6 +12,7 @@ from torch import nn
 
 from anybit.calls import public
 from anybit.data.samples import Samples
+from anybit.data.tasks import Metric
 from anybit.errors import AnybitError, InvalidInput, InvalidSetting
 from anybit.networks.canonical import Canonical
 from anybit.networks.refusals import check_network
@@ -75,10 +76,10 @@ def opened(run: Run, model: nn.Module | str | None = None) -> tuple[Canonical, S
     return replace(run.canonical, model=copy.deepcopy(run.canonical.model)), file
 
 
-def inputs_for(run: Run, file: SchemeFile, model: nn.Module, data: Any = None, workers: int = 0) -> Samples:
+def inputs_for(run: Run, file: SchemeFile, model: nn.Module, data: Any = None, workers: int = 0, metric: Metric | None = None) -> Samples:
     """Return samples for a run and its `model`: `data`, preprocessed as in the run, or the run's own data."""
     reference = recorded_data(run, file) if data is None else data
-    return samples_from(reference, workers, Preprocessing.from_json(file.preprocessing), model)
+    return samples_from(reference, workers, Preprocessing.from_json(file.preprocessing), model, metric=metric)
 
 
 def first_of(inputs: Samples, count: int | None) -> Samples:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,9 @@ def read_samples(path: Path, subset: str, preprocessing: Preprocessing, workers:
         named = f"Name the inputs x and the labels y; for {path.name}#test, x_test and y_test."
         remedy = named if there is None else f"Write {path.name}#{there} for x_{there}."
         raise InvalidInput(f"{path} has no array x{part}{also}; it holds {', '.join(names)}. {remedy}")
-    return samples_of_arrays(arrays, y, workers, preprocessing, f"{path}: ")
+    samples = samples_of_arrays(arrays, y, workers, preprocessing, f"{path}: ")
+    lacks = f"{path} holds {', '.join(names)}, and no y{f'_{subset}' if subset else ''}. "
+    return samples if samples.labelled else replace(samples, unlabelled=lacks)
 
 
 def samples_of_arrays(

@@ -36,6 +36,7 @@ from anybit.data.outputs import output_reader
 from anybit.data.readers import token_reader
 from anybit.data.reading import elements_of, item_of, length_of
 from anybit.data.samples import ArrayDataset, NamedArrays, Samples
+from anybit.data.tasks import Metric
 from anybit.data.texts import read_rows
 from anybit.errors import InvalidInput, InvalidSetting, naming, some
 from anybit.networks.copies import copied
@@ -75,7 +76,7 @@ def load_data(
             tell("note", note=note)
         if dataset.unlabelled:
             tell("note", note=f"the images are used without labels: {dataset.unlabelled}")
-        why = f"In {path}, {dataset.unlabelled}. " if dataset.unlabelled else ""
+        why = f"In {path}, {dataset.unlabelled}. " if dataset.unlabelled else f"The images of {path} are not in a folder for each class. "
         return _read_by(model, Samples(dataset, dataset.labelled, workers, black=preprocessing.black, unlabelled=why))
     if reference.startswith("hf:") or (suffix_of(path) in TEXT_SUFFIXES and Path(path).is_file()):
         return _texts(reference, preprocessing, workers, model)
@@ -118,7 +119,9 @@ def _texts(reference: str, preprocessing: Preprocessing, workers: int, model: nn
         rows = heads.hub_rows(place[3:], subset, parse_columns(preprocessing.columns))
     else:
         rows = read_rows(Path(place), preprocessing.columns)
-    return heads.text_samples(model, rows, reference, preprocessing.length, preprocessing.stride, workers)
+    samples = heads.text_samples(model, rows, reference, preprocessing.length, preprocessing.stride, workers)
+    lacks = f"{reference} has no column of labels that this network's head reads: --columns='label=NAME' names one. "
+    return samples if samples.labelled else replace(samples, unlabelled=lacks)
 
 
 def _read_by(model: nn.Module | None, samples: Samples) -> Samples:
@@ -191,18 +194,22 @@ def _samples_by_names(samples: Samples, model: nn.Module | None) -> Samples:
     if samples.split is not None or samples.reader is not None or samples.collate is not stacked:
         return samples
     item = item_of(samples.dataset, 0, samples.name)
-    texts = item[0] if samples.labelled and isinstance(item, (tuple, list)) and item else item
-    if not isinstance(texts, Mapping) or not (samples.labelled or "labels" in texts):
+    nested = samples.labelled and isinstance(item, (tuple, list)) and len(item) > 0
+    texts = item[0] if nested else item
+    targets = nested and isinstance(item[-1], (Mapping, list, tuple))
+    if not targets and (not isinstance(texts, Mapping) or not (samples.labelled or "labels" in texts)):
         return samples
-    form = read_items(samples.dataset, samples.workers, model)[1]
-    if samples.labelled and form.label is None:
+    read, form = read_items(samples.dataset, samples.workers, model)
+    if targets and form.label is None and form.target is None:
+        return samples
+    if samples.labelled and form.label is None and form.target is None:
         raise InvalidInput(
             f"The data is said to be labelled, but its items are dictionaries of {some([str(key) for key in item])}, none of which is "
             "a label. Name it 'labels', or give anybit.Samples(data, labelled=False)."
         )
     if form.note:
         tell("note", note=form.note)
-    return replace(samples, labelled=form.label is not None, split=form)
+    return replace(samples, labelled=read.labelled, split=form, targets=read.targets, unlabelled=read.unlabelled)
 
 
 def _columns_of(data: Any) -> Mapping[Any, Any]:
@@ -401,10 +408,18 @@ def _samples_of_loader(loader: DataLoader, workers: int, model: nn.Module | None
 
 
 def samples_from(
-    data: Any, workers: int, preprocessing: Preprocessing = Preprocessing(), model: nn.Module | None = None, most: int | None = None
+    data: Any,
+    workers: int,
+    preprocessing: Preprocessing = Preprocessing(),
+    model: nn.Module | None = None,
+    most: int | None = None,
+    metric: Metric | None = None,
 ) -> Samples:
-    """Turn a reference, or data in memory, into samples: the first `most` of an iterable."""
-    return load_data(data, preprocessing, workers, model, most) if isinstance(data, str) else as_samples(data, workers, model, most)
+    """Turn a reference, or data in memory, into samples: the first `most` of an iterable; with the labels that only a metric reads, if
+    there is one."""
+    by_reference = isinstance(data, str)
+    samples = load_data(data, preprocessing, workers, model, most) if by_reference else as_samples(data, workers, model, most)
+    return samples if metric is None else samples.for_metric()
 
 
 def first_samples(samples: Samples) -> Batch:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import call, evaluating, first_tensor, stacked
+from anybit.data.batches import Batch, call, evaluating, first_tensor, stacked
 from anybit.data.reading import item_of, name_of, reading
 from anybit.data.samples import Samples
 from anybit.errors import InvalidInput, some
@@ -24,6 +24,8 @@ from anybit.sources.models import is_transformers
 
 LABELS = ("labels", "label", "y", "target", "targets")
 """Names of labels, as keys of items and as parameters of a forward that computes a loss."""
+FIRST_LABELS = 8
+"""Samples whose labels show whether they have one shape."""
 Key = int | str
 
 
@@ -33,6 +35,7 @@ class Form:
 
     inputs  positions or keys of the inputs; None if the item itself is the input
     label   position or key of the label, or None
+    target  position or key of a label that only a custom metric reads, such as a detector's boxes, or None
     named   whether a dictionary's entries are passed by name, or (False) one by one
     whole   whether the dictionary is passed to the forward as one argument
     inner   the form of a dictionary that is the only input of a tuple
@@ -43,12 +46,18 @@ class Form:
 
     inputs: tuple[Key, ...] | None = None
     label: Key | None = None
+    target: Key | None = None
     named: bool = False
     whole: bool = False
     inner: "Form | None" = None
     parts: frozenset[Key] | int | None = field(default=None, compare=False)
     names: frozenset[Key] | None = field(default=None, compare=False)
     note: str = field(default="", compare=False)
+
+    @property
+    def with_target(self) -> "Form | None":
+        """Return the form that reads the target as the label; None if there is none."""
+        return None if self.target is None else replace(self, label=self.target)
 
     def __call__(self, item: Any) -> tuple[Any, Any]:
         """Return (inputs, label or None). Raises InvalidInput if the item lacks a part that the first has, or has one more."""
@@ -75,7 +84,7 @@ class Form:
         return any(self.names is None or key in self.names for key in more)
 
     def _split(self, item: Any) -> tuple[Any, Any]:
-        label = None if self.label is None else _as_label(item[self.label])
+        label = None if self.label is None else item[self.label] if self.label == self.target else _as_label(item[self.label])
         if self.inputs is None:
             return _value(item), label
         if self.inner is not None:
@@ -110,14 +119,37 @@ def read_items(dataset: Any, workers: int, model: nn.Module | None, collate: Cal
             first = collate([first])
     tries = _Tries(Samples(dataset, False, workers, collate=collate), model)
     form = _with_parts(_form_of(first, tries), first, tries)
+    form = _with_ragged_labels(form, tries.samples)
     unlabelled = _unlabelled_in_words(first, form)
-    return replace(tries.samples, labelled=form.label is not None, split=form, unlabelled=unlabelled), form
+    targets = form.with_target
+    return replace(tries.samples, labelled=form.label is not None, split=form, targets=targets, unlabelled=unlabelled), form
+
+
+def _with_ragged_labels(form: Form, samples: Samples) -> Form:
+    """Return the form with its label also as a target if those of the first samples differ in shape, as boxes do; texts are padded."""
+    if form.label is None or samples.collate is not stacked:
+        return form
+    shapes: set[tuple[int, ...]] = set()
+    for index in range(min(FIRST_LABELS, len(samples))):
+        inputs, label = form(item_of(samples.dataset, index, samples.name))
+        if not np.ndim(label) or "attention_mask" in Batch(inputs).named:
+            return form
+        shapes.add(tuple(np.shape(label)))
+    return form if len(shapes) < 2 else replace(form, target=form.label)
+
+
+def _for_metric(form: Form, place: Key, what: str) -> Form:
+    """Return the form with a label that only a metric reads, which is noted."""
+    note = f"{'entry' if isinstance(place, str) else 'element'} {place} of the data's items ({what}) is for a metric alone"
+    return replace(form, target=place, note=f"{form.note}; {note}" if form.note else note)
 
 
 def _unlabelled_in_words(first: Any, form: Form) -> str:
     """Write why items with something in the label's place have no label; "" if there is nothing."""
     if form.label is not None:
         return ""
+    if form.target is not None:
+        return f"{'Entry' if isinstance(form.target, str) else 'Element'} {form.target} of its items is for a metric alone. "
     places = LABELS if isinstance(first, Mapping) else range(1, len(first)) if isinstance(first, (tuple, list)) else ()
     for place in places:
         part = first.get(place, ...) if isinstance(first, Mapping) else first[place]
@@ -231,13 +263,27 @@ def _form_of_tuple(item: Sequence, tries: _Tries) -> Form:
     places = [place for place, part in enumerate(item) if _is_data(part) or (place == 0 and isinstance(part, Mapping))] or [0]
     if len(places) > 1 and not _is_label(item[places[-1]]) and tries.takes and not tries.takes.fits(len(places)):
         places.pop()  # several tensors that are not inputs of this forward, such as boxes and their classes
-    dropped = [f"{place} ({type(part).__name__})" for place, part in enumerate(item) if place not in places]
-    note = f"elements {some(dropped)} of the data's items are neither inputs nor labels" if dropped else ""
+    others = [place for place in range(len(item)) if place not in places]
+    form = _form_of_places(item, tries, places)
+    targets = [place for place in others if _is_target(item[place])] if form.label is None else []
+    target = targets[0] if len(targets) == 1 else None
+    dropped = [f"{place} ({type(item[place]).__name__})" for place in others if place != target]
+    form = replace(form, note=f"elements {some(dropped)} of the data's items are neither inputs nor labels" if dropped else form.note)
+    return form if target is None else _for_metric(form, target, type(item[target]).__name__)
+
+
+def _is_target(part: Any) -> bool:
+    """Return whether a part of an item that is neither input nor label may be a label for a metric: a detector's boxes and classes."""
+    return isinstance(part, (Mapping, list, tuple))
+
+
+def _form_of_places(item: Sequence, tries: _Tries, places: Sequence[int]) -> Form:
+    """Decide which of the elements at `places` are inputs, and whether the last is the label."""
     last = places[-1] if len(places) > 1 and _is_label(item[places[-1]]) else None
-    labelled, unlabelled = Form(tuple(places[:-1]), last, note=note), Form(tuple(places), note=note)
+    labelled, unlabelled = Form(tuple(places[:-1]), last), Form(tuple(places))
     if isinstance(item[0], Mapping):
         inner = _form_of_dictionary(item[0], _Tries(replace(tries.samples, dataset=_Firsts(tries.samples.dataset)), tries.model))
-        return Form((0,), last, inner=inner, note=note or inner.note)
+        return Form((0,), last, inner=inner, note=inner.note)
     nested = len(places) == 2 and isinstance(item[0], (tuple, list))  # ((a, b), label)
     if last is None or tries.takes is None or nested:
         return unlabelled if last is None else labelled
@@ -310,10 +356,13 @@ def _of_other_names(item: Mapping, takes: Signature) -> str:
 
 
 def _noted(item: Mapping, form: Form) -> Form:
-    """Note a dictionary's entries that are not used."""
-    left = [str(key) for key in item if key != form.label and key not in (form.inputs or ())]
+    """Note a dictionary's entries that are not used, or only by a metric."""
+    targets = [key for key in LABELS if key not in (form.inputs or ()) and _is_target(item.get(key))] if form.label is None else []
+    left = [str(key) for key in item if key not in (form.label, *targets[:1], *(form.inputs or ()))]
     taken = some([str(key) for key in form.inputs or ()])
-    return replace(form, note=f"entries {some(left)} of the data's items are not used: the forward receives {taken}") if left else form
+    note = f"entries {some(left)} of the data's items are not used: the forward receives {taken}" if left else ""
+    form = replace(form, note=note)
+    return _for_metric(form, targets[0], type(item[targets[0]]).__name__) if targets else form
 
 
 def _is_data(part: Any) -> bool:

@@ -45,7 +45,7 @@ def with_class_numbers(model: nn.Module, samples: Samples, task: str | None, one
     except Exception:  # a model may raise any error on inputs that it rejects; the observing pass reports it
         return samples
     outputs = samples.reader.split(outputs)[0] if isinstance(samples.reader, OutputReader) else outputs
-    labels = [batch.labels for batch in batches if batch.labels is not None]
+    labels = [batch.labels for batch in batches if isinstance(batch.labels, torch.Tensor)]
     if not labels:
         return samples
     dimension = _one_hot_dimension(labels, outputs, task)
@@ -88,4 +88,4 @@ def _rows_are_one_hot(samples: Samples) -> bool:
     most = IN_MEMORY if isinstance(dataset, list | tuple | TensorDataset) else MORE_LABELS
     spread = range(0, len(samples), -(-len(samples) // most))
     labels = (batch.labels for batch in samples.subset(spread).batches(2))
-    return all(one is not None and one.dim() == 2 and are_one_hot(one, 1) for one in labels)
+    return all(isinstance(one, torch.Tensor) and one.dim() == 2 and are_one_hot(one, 1) for one in labels)
