@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader
 import anybit
 from anybit.data.batches import Batch, predict
 from anybit.data.readers import token_reader
+from anybit.data.tasks import distance, outputs_of, task_of
+from anybit.sources.inputs import compared, samples_from
 
 QUICK = {"activation_bits": (8,), "pipeline": "light", "cache": False, "samples": 12, "batch_size": 4}
 
@@ -119,3 +121,101 @@ def test_a_later_training_sample_that_the_network_refuses_is_named():
     labelled = (late(), torch.zeros(40, dtype=torch.int64))
     with pytest.raises(anybit.InvalidInput, match=r"sample \d+ of .*from 99 to 99.*IndexError"):
         anybit.grow(Unmasked(), labelled, "4bit", epochs=1, batch_size=10)
+
+
+class TwoHeads(Tagger):
+    """Two outputs for each token, and one for each text, in some order."""
+
+    order = "ab"
+
+    def __init__(self):
+        super().__init__()
+        self.more, self.pool = nn.Linear(8, 3), nn.Linear(8, 6)
+
+    def forward(self, ids, attention_mask):
+        x = self.embedding(ids)
+        mean = (x * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+        outputs = {"a": self.fc(x), "b": self.more(x) * 9, "p": self.pool(mean), "s": self.more(x)[..., 0]}
+        return tuple(outputs[name] for name in self.order)
+
+
+def heads(order):
+    network = TwoHeads()
+    network.order = order
+    return network
+
+
+def alone(network, items):
+    """The outputs on each text without padding, joined."""
+    outputs = [network(item["ids"][None], item["attention_mask"][None]) for item in items]
+    by_name = dict(zip(network.order, zip(*outputs, strict=True), strict=True))
+    return [torch.cat([one if name == "p" else one.squeeze(0) for one in parts]) for name, parts in by_name.items()]
+
+
+@pytest.mark.parametrize("order", ["ab", "ap", "pa", "abps", "sp"])
+@pytest.mark.parametrize("form", ["data set", "loader", "padded by a loader of single texts"])
+def test_every_output_is_compared_on_its_real_tokens_and_pooled_ones_by_text(order, form):
+    network, items = heads(order), texts()
+    unlabelled = [dict(list(item.items())[:2]) for item in items]
+    data = {
+        "data set": Items(unlabelled), "loader": DataLoader(unlabelled, batch_size=1),
+        "padded by a loader of single texts": DataLoader(unlabelled, batch_size=1, collate_fn=padded_by_hand),
+    }[form]  # fmt: skip
+    samples = compared(network, samples_from(data, 0, model=network), {})
+    assert [(one.name, one.tokens) for one in samples.reader.outputs] == [(str(at), name != "p") for at, name in enumerate(order)]
+    expected = alone(network, items)
+    for size in (1, 5, 24):
+        rows = torch.cat([predict(network, batch) for batch in samples.batches(size)])
+        parts = samples.reader.split(rows)
+        assert all(torch.allclose(part, one, atol=1e-6) for part, one in zip(parts, expected, strict=True))
+    noise = [one * (2 + at) for at, one in enumerate(expected)]
+    task = task_of(rows, samples.reader, "regression")
+    other = outputs_of(Scaled(network), samples.batches(5))
+    reference = outputs_of(network, samples.batches(5))
+    errors = [((one - target).square().sum() / target.square().sum()).item() for one, target in zip(noise, expected, strict=True)]
+    assert distance(other, reference, task) == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    assert float(task.distance.loss(other, reference)) == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+class Scaled(nn.Module):
+    """A network whose outputs are multiplied by 2, 3, ..."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, ids, attention_mask):
+        return tuple(one * (2 + at) for at, one in enumerate(self.network(ids, attention_mask)))
+
+
+def padded_by_hand(items):
+    longest = max(len(item["ids"]) for item in items) + 2
+    return {name: torch.stack([nn.functional.pad(item[name], (0, longest - len(item[name]))) for item in items]) for name in items[0]}
+
+
+def test_labels_of_tokens_are_scored_beside_other_outputs():
+    network = heads("ap")
+    items = [item | {"labels": network.fc(network.embedding(item["ids"])).argmax(-1)} for item in texts()]
+    scores = anybit.evaluate(network, Items(items), batch_size=5)
+    assert scores["top1"] == 100 and scores["tokens"] == sum(len(item["ids"]) for item in items)
+    of_texts = [item | {"labels": torch.ones(6)} for item in items]
+    pooled = anybit.evaluate(heads("pa"), Items(of_texts), batch_size=5, metric=lambda outputs, labels: outputs[0].shape == labels.shape)
+    assert pooled["samples"] == 24 == len(items) and pooled["<lambda>"] == 1
+
+
+def test_calibration_of_several_outputs_on_padded_texts_runs_to_a_verified_file(tmp_path):
+    network, items = heads("ap"), texts()
+    result = anybit.calibrate(network, items, "4bit", test=items, **QUICK)
+    assert set(result.report["outputs"]) == {"0", "1"} and result.report["test"]["tokens"] == sum(len(item["ids"]) for item in items)
+    chosen = anybit.calibrate(network, items, "4bit", outputs={"1": 1.0}, **QUICK)
+    assert chosen.report["result"]
+    result.export(tmp_path / "run.onnx", items)
+    verdict = result.verify(tmp_path / "run.onnx", items)
+    assert verdict["ok"] and set(verdict["simulation"]["outputs"]) == {"0", "1"}, verdict
+    trained = anybit.grow(network, items, "4bit", epochs=1, batch_size=4, distill=1.0)
+    assert trained.model(**batch_of(items))[1].shape == (2, 6)
+
+
+def batch_of(items):
+    item = items[0]
+    return {name: torch.stack([item[name]] * 2) for name in ("ids", "attention_mask")}

@@ -958,6 +958,89 @@ def test_rejects_fixed_batch_size():
         exported(canonical, batch)
 
 
+class Deciding(nn.Module):
+    """A forward that looks at the numbers before it goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 4)
+
+    def forward(self, x):
+        if (x > 0).any():
+            x = 2 * x
+        return self.a(x)
+
+
+def test_branch_on_data_is_refused_by_its_line():
+    canonical = canonical_of(Deciding().eval(), inputs((6,)), lambda layer: Precision(8, 8))
+    with pytest.raises(
+        UnsupportedModel, match=r"numbers in a tensor .* line \d+ of test_onnx\.py: if \(x > 0\)\.any\(\):\. .*torch\.where"
+    ):
+        exported(canonical, inputs((6,)))
+
+
+class Masked(nn.Module):
+    """A float number minus an integer mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 4)
+
+    def forward(self, x, mask):
+        return self.a(x * (1.0 - mask))
+
+
+def test_integer_mask_subtracted_from_a_number_is_exported():
+    batch = Batch((inputs((6,)).inputs, torch.randint(2, (16, 6))))
+    canonical = canonical_of(Masked().eval(), batch, lambda layer: Precision(8, 8))
+    with torch.no_grad():
+        simulated = call(canonical.model, batch.inputs)
+    assert torch.from_numpy(runtime_outputs(exported(canonical, batch).integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
+class Counted(nn.Module):
+    """A forward that takes the size of the batch by `len`."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 4), nn.Linear(4 * 36, 5)
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.b(h.reshape(len(h), -1)).tile([len(h) // len(x), 1])
+
+
+class Pairs(nn.Module):
+    """Both images of a pair pass in one batch, whose halves have to be alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 4), conv(4, 2)
+
+    def forward(self, x, y):
+        one, other = torch.chunk(input=F.relu(self.a(torch.cat([x, y]))), chunks=2, dim=0)
+        if one.shape != other.shape:
+            raise ValueError("the images of a pair have one size")
+        return self.b(one - other)
+
+
+@pytest.mark.parametrize(("network", "count"), [(Counted, 1), (Pairs, 2)])
+def test_file_takes_batches_of_any_size(network, count):
+    torch.manual_seed(0)
+    pictures = [inputs((3, 8, 8), seed=seed).inputs for seed in range(count)]
+
+    def batch(size):
+        return Batch(pictures[0][:size] if count == 1 else tuple(one[:size] for one in pictures))
+
+    canonical = canonical_of(network().eval(), batch(16), lambda layer: Precision(8, 8))
+    file = exported(canonical, batch(16)).integer
+    for size in (1, 3):
+        with torch.no_grad():
+            simulated = call(canonical.model, batch(size).inputs)
+        assert torch.from_numpy(runtime_outputs(file, batch(size))[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+    assert "len" not in globals()
+
+
 def test_of_equal_looking_edges_the_widest_is_chosen():
     """On the first inputs no value reaches the clamp, so that the clamped tensor equals the unclamped one."""
     torch.manual_seed(0)

@@ -104,6 +104,38 @@ def predict(model: nn.Module, batch: Batch) -> Tensor:
     return read_output(call(model, batch.inputs), batch)
 
 
+def token_mask(tokens: Tensor, batch: Batch) -> Tensor | None:
+    """Return the mask, bool [N, T], of the real tokens in an output tensor [N, T, ...]; None if the inputs have none.
+
+    For an encoder-decoder, the tokens are its decoder's.
+    """
+    inputs = batch.named
+    mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == tokens.shape[:2] else None
+
+
+def are_token_classes(batch: Batch) -> bool:
+    """Return whether the labels of padded texts are an integer for each token."""
+    labels, mask = batch.labels, batch.mask
+    return mask is not None and isinstance(labels, Tensor) and labels.shape == mask.shape and not labels.is_floating_point()
+
+
+def of_other_length(batch: Batch) -> Batch:
+    """Return the inputs of padded texts without their last token, or, if there is only one, with that repeated. Raises ValueError for
+    other inputs."""
+    mask = batch.mask
+    if mask is None:
+        raise ValueError("there is no mask of tokens")
+    return Batch(map_tensors(batch.inputs, lambda tensor: _of_other_length(tensor, mask)))
+
+
+def _of_other_length(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return a tensor of tokens [N, T, ...] without the last, or, if there is only one, with that repeated; others unchanged."""
+    if tensor.shape[:2] != mask.shape:
+        return tensor
+    return tensor[:, :-1] if tensor.shape[1] > 1 else torch.cat([tensor, tensor], 1)
+
+
 @contextmanager
 def naming_sample(model: nn.Module, batch: Batch, where: str) -> Iterator[None]:
     """Raise InvalidInput if a pass of `model` on the batch, which is `where`, fails inside the block: for the first sample on which it

@@ -171,7 +171,8 @@ class WeightedErrors:
 
     def of_each(self, outputs: Tensor, reference: Tensor) -> dict[str, Tensor]:
         """Measure each sample's error of each output, [N], by the output's name."""
-        parts = zip(self.reader.outputs, self.reader.split(outputs), self.reader.split(reference), strict=True)
+        numbers = [one.numbers for one in self.reader.outputs]
+        parts = zip(self.reader.outputs, *(rows[:, : sum(numbers)].split(numbers, 1) for rows in (outputs, reference)), strict=True)
         count = len(outputs)
         rows = {one.name: (part.reshape(count, -1), target.reshape(count, -1)) for one, part, target in parts}
         return {name: SQUARED_ERROR.of_samples(part, target) for name, (part, target) in rows.items() if target.any()}

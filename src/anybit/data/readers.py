@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, call, evaluating, first_tensor, map_tensors
+from anybit.data.batches import Batch, are_token_classes, call, evaluating, first_tensor, of_other_length, token_mask
 from anybit.data.texts import Questions, gold_answers
 
 RULED_OUT = -1e4
@@ -79,24 +79,14 @@ def token_reader(model: nn.Module, batch: Batch) -> PaddedTokens | None:
 
     `model` runs twice, on two lengths, because a number of classes may equal a length by chance.
     """
-    mask = batch.mask
-    if mask is None:
+    if batch.mask is None:
         return None
     with evaluating(model), suppress(Exception):  # a model may reject any length
-        for texts in (batch, Batch(map_tensors(batch.inputs, lambda tensor: _of_other_length(tensor, mask)))):
+        for texts in (batch, of_other_length(batch)):
             if token_mask(first_tensor(call(model, texts.inputs)), texts) is None:
                 return None
-        labels = batch.labels
-        classes = isinstance(labels, Tensor) and labels.shape == mask.shape and not labels.is_floating_point()
-        return PaddedTokens("token-classification" if classes else None)
+        return PaddedTokens("token-classification" if are_token_classes(batch) else None)
     return None
-
-
-def _of_other_length(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Return a tensor of tokens [N, T, ...] without the last, or, if there is only one, with that repeated; others unchanged."""
-    if tensor.shape[:2] != mask.shape:
-        return tensor
-    return tensor[:, :-1] if tensor.shape[1] > 1 else torch.cat([tensor, tensor], 1)
 
 
 class NextTokens(TokenOutputs):
@@ -158,16 +148,6 @@ def _own_embeddings(output: Any) -> list[Tensor]:
     """Return the output's entries that are embeddings [N, features] by name."""
     named = output.items() if isinstance(output, Mapping) else ()
     return [value for name, value in named if name.endswith("_embeds") and isinstance(value, Tensor) and value.dim() == 2]
-
-
-def token_mask(tokens: Tensor, batch: Batch) -> Tensor | None:
-    """Return the mask, bool [N, T], of the real tokens in an output tensor [N, T, ...]; None if the inputs have none.
-
-    For an encoder-decoder, the tokens are its decoder's.
-    """
-    inputs = batch.named
-    mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == tokens.shape[:2] else None
 
 
 class Answers(FirstOutput):

@@ -805,9 +805,10 @@ def score(
     outputs: Tensor, labels: Labels, task: str | Task, metric: Metric | None = None, reader: Reader | None = None
 ) -> dict[str, float]:
     """Return name -> score of outputs against labels: the task's scores, the reader's own, and the user's metric."""
-    if len(labels) != len(outputs):
-        raise InvalidInput(f"{len(labels)} labels for {len(outputs)} outputs. Give one label per sample.")
     task = named_task(task)
+    judged = len(task.judged(outputs))
+    if len(labels) != judged:
+        raise InvalidInput(f"{len(labels)} labels for {judged} outputs. Give one label per sample.")
     check_metric(metric, task)
     own = {} if metric is None else {metric_name(metric): measure(metric, task.tensors(outputs), labels)}
     if own and not fits(outputs, labels, task):  # the metric interprets them
@@ -847,7 +848,7 @@ class LabelledOutputs:
         """Return name -> score; with the float model's outputs as `reference`, also the distance to them and related numbers."""
         task = task_of(self.outputs, self.reader, task, self)
         unit = self.reader.unit if self.reader else "samples"
-        result: dict[str, Any] = {unit: len(self.outputs), **score(self.outputs, self.labels, task, metric, self.reader)}
+        result: dict[str, Any] = {unit: len(task.judged(self.outputs)), **score(self.outputs, self.labels, task, metric, self.reader)}
         if reference is not None:
             measured = task.distance
             result |= {measured.key: distance(self.outputs, reference, task)} | measured.further(self.outputs, reference)

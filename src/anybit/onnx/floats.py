@@ -10,14 +10,9 @@ exporters translate into slow or wrong graphs. Tidying changes no value:
 """
 
 import ast
-import inspect
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial, reduce, wraps
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -32,7 +27,8 @@ from anybit.networks.layer_types import type_of
 from anybit.networks.layers import float_weight
 from anybit.networks.recurrent import RecurrentWeight
 from anybit.networks.wiring import Wiring, name_of_call, observe
-from anybit.onnx.graphs import cached_graph, forget_graph, quiet
+from anybit.onnx.exporter import export_graph
+from anybit.onnx.graphs import cached_graph, forget_graph
 from anybit.onnx.operators import LAYER_OPERATORS, layer_operator
 from anybit.onnx.recurrent import fold_weights, matrices
 from anybit.onnx.traces import graph_digest, state_of
@@ -44,18 +40,6 @@ OPSET, IR_VERSION = 21, 10
 
 LAYER = "layer"
 """Key of a node's metadata: the layer that it computes."""
-
-NO_EXPORT = {
-    "pack_padded_sequence": "it packs sequences, which a graph cannot represent. Let the recurrent layer read padded sequences, and "
-    "take each one's last step by its length."
-}
-"""Functions that no exporter supports -> explanation when an export fails."""
-
-EXPERTS = "_experts_implementation"
-"""Attribute of transformers' configurations that selects the implementation of experts."""
-
-CALL_SITE = re.compile(r'File "([^"]+)", line (\d+), in \w+\n(.+)')
-"""File, line and code of a call in an exporter's traceback."""
 
 INSTEAD = "instead"
 """Key for the same if the operator computes with another weight than the layer's."""
@@ -92,7 +76,7 @@ def float_graph(
         def export() -> ir.Model:
             nonlocal new
             new = True
-            return _exported(plain, inputs, length, wiring)
+            return export_graph(plain, inputs, length, wiring, OPSET)
 
         try:
             graph = cached_graph(key, export, state, cache)
@@ -130,114 +114,6 @@ def _key(plain: nn.Module, inputs: Inputs, length: int | None) -> str | None:
         return None
 
 
-def _exported(plain: nn.Module, inputs: Inputs, length: int | None, wiring: Wiring) -> ir.Model:
-    """Export the graph with torch's exporter, before it is optimized."""
-    positional = inputs if isinstance(inputs, tuple) else (inputs,)
-    passed: dict[str, Any] = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": positional}
-    sizes = {0: torch.export.Dim("batch", min=1)}
-    tokens = {} if length is None else {1: torch.export.Dim("tokens", min=1)}
-    bound = inspect.signature(plain.forward).bind(*passed.get("args", ()), **passed.get("kwargs", {}))
-    shapes = map_tensors(
-        dict(bound.arguments),  # by the forward's own names; *args and **kwargs contain theirs
-        lambda tensor: sizes | tokens if tensor.dim() > 1 and tensor.shape[1] == length else sizes,
-    )
-    settings = {"dynamic_shapes": shapes, "opset_version": OPSET, "optimize": False, "verbose": False}
-    _forget_recurrent_kernels()
-    try:
-        with (
-            quiet(),
-            _without_idle_autocast(),
-            _gathered_experts(plain),
-            _tensor_outputs(plain),
-            _any_names(),
-            torch.no_grad(),
-        ):  # so that a forward that turns gradients off stays one graph
-            program = torch.onnx.export(plain, **passed, dynamo=True, **settings)
-    except Exception as error:  # the exporter raises errors of many kinds
-        known = (remedy for kind, remedy in NO_EXPORT.items() if any(op.kind == kind for op in wiring.operations))
-        raise UnsupportedModel(f"The network cannot be exported to ONNX: {next(known, _reason(error))}") from error
-    assert program is not None, "without a file to write, the exporter returns its program"
-    graph = program.model
-    for value in graph.graph.inputs:
-        if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
-            raise UnsupportedModel(
-                "The network's forward fixes the size of the batch (by len(x), or int(x.shape[0])). Let it use x.shape[0] as it is, or -1."
-            )
-    return graph
-
-
-@contextmanager
-def _any_names() -> Iterator[None]:
-    """Let modules have any name, such as "in" of a dictionary of layers, which the exporter otherwise writes into code as it is."""
-    written = torch.fx.graph._format_target
-    torch.fx.graph._format_target = lambda base, target: reduce(lambda of, name: f"getattr({of}, {name!r})", target.split("."), base)
-    try:
-        yield
-    finally:
-        torch.fx.graph._format_target = written
-
-
-@contextmanager
-def _tensor_outputs(model: nn.Module) -> Iterator[None]:
-    """Let the forward return its tensors alone, in order: exporters refuse dataclasses, and texts or numbers beside the tensors."""
-    forward = model.forward
-
-    @wraps(forward)
-    def tensors(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        return output if isinstance(output, Tensor) else tuple(tensors_in(output))
-
-    own = vars(model).get("forward")
-    model.forward = tensors
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
-
-
-def _forget_recurrent_kernels() -> None:
-    """Let the exporter use its kernels for sequences of any length, not those that PyTorch cached in an earlier call."""
-    for operator in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input):
-        operator._dispatch_cache.clear()
-
-
-@contextmanager
-def _gathered_experts(model: nn.Module) -> Iterator[None]:
-    """Let networks of transformers gather experts for each token: no ONNX operator exists for a grouped product."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
-    grouped = [config for config in configs.values() if getattr(config, EXPERTS, None) == "grouped_mm"]
-    try:
-        for config in grouped:
-            setattr(config, EXPERTS, "batched_mm")
-        yield
-    finally:
-        for config in grouped:
-            setattr(config, EXPERTS, "grouped_mm")
-
-
-@contextmanager
-def _without_idle_autocast() -> Iterator[None]:
-    """Leave out regions that turn autocast off where it is off: they would hide which layer their operators belong to."""
-    enter, leave, idle = torch.autocast.__enter__, torch.autocast.__exit__, "_idle_here"
-
-    def entered(region: torch.autocast) -> Any:
-        left_out = not region._enabled and not torch.is_autocast_enabled(region.device)
-        vars(region).setdefault(idle, []).append(left_out)
-        return region if left_out else enter(region)
-
-    def left(region: torch.autocast, *error: Any) -> Any:
-        return None if vars(region)[idle].pop() else leave(region, *error)
-
-    torch.autocast.__enter__, torch.autocast.__exit__ = entered, left  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
-
-
 def _aliases(model: nn.Module) -> dict[str, str]:
     """Return each name of a module -> its first one, which anybit uses; scopes have the name by which the forward called it."""
     first: dict[int, str] = {}
@@ -250,20 +126,6 @@ def _tidy(graph: ir.Model, weights: Mapping[str, np.ndarray], aliases: Mapping[s
     _pool_means(graph)
     _merge_padding(graph)
     _count_no_padding(graph)
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of the innermost cause, as the outer ones are about the exporter's stages, and the line of the network that it
-    is about if the exporter names one."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error)
-    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__).removesuffix("Tried overloads:")
-    lines = CALL_SITE.findall(text.partition("Original traceback:")[2])
-    if not lines:
-        return reason
-    file, number, code = lines[-1]
-    return f"{reason.strip()} It is about line {number} of {Path(file).name}: {code.strip()}. Write that line differently."
 
 
 def _name_layers(model: ir.Model, weights: Mapping[str, np.ndarray], aliases: Mapping[str, str]) -> None:
