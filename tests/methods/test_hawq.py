@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import Attention, CalledTwice, Residual, make, numbers, pictures
+from networks import Attention, CalledTwice, Residual, images, make, numbers
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -48,7 +48,7 @@ def test_traces_of_a_linear_network_are_those_of_its_known_hessian(monkeypatch):
 
 
 def test_prediction_ranks_layers_and_bits_like_the_measurement():
-    model, x = make(Residual), pictures(96)
+    model, x = make(Residual), images(96)
     reestimate(model, [Batch(x)])
     tables = [
         anybit.calibrate(model, x, "3bit", pipeline="light", solver="none", bn_tuning=False, sensitivity=one).report["table"]["layers"]
@@ -108,4 +108,4 @@ def test_networks_without_second_derivatives_are_refused_with_a_remedy_that_work
 @pytest.mark.parametrize("setting", [{"pairs": True}, {"sensitivity_base": "W8A8"}])
 def test_settings_of_measurements_are_refused_beside_it(setting):
     with pytest.raises(InvalidSetting, match=next(iter(setting))):
-        anybit.calibrate(make(Residual), pictures(32), "4bit", sensitivity="hawq", **setting)
+        anybit.calibrate(make(Residual), images(32), "4bit", sensitivity="hawq", **setting)

@@ -111,6 +111,12 @@ class CalibrateSettings(Settings):
             Need(("unit", "blocks"), fits, "without a solver and training", "--sequential"),
             Need(("blocks",), self.unit == "block", "with --unit=layer", "--unit=block"),
             Need(("tune_scales",), tunes, light or "with --no-bias-tuning", "--bias-tuning"),
+            Need(
+                ("pairs", "sensitivity_base"),
+                self.sensitivity == "measured",
+                f"with --sensitivity={self.sensitivity}",
+                "--sensitivity=measured",
+            ),
             Need(("bn_prior", "bn_target"), self.bn_tuning, "with --no-bn-tuning", "--bn-tuning"),
         ]
 
