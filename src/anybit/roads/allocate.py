@@ -104,7 +104,7 @@ def allocate(
         if settings.mirror:
             calibration = mirrored(calibration)
         network = with_latencies(
-            observe_network(float_model, example_of(calibration), replace(settings.options, gradients=False)), [limits]
+            observe_network(float_model, example_of(calibration), replace(settings.options, gradients=False, curvature=False)), [limits]
         )
         check_memory(network, calibration, replace(settings, sequential=False, parallel=False, bias_tuning=False), floor=0)
         _check_shapes(network, shapes, folder)
