@@ -63,11 +63,9 @@ def float_graph(
     left_out = _left_out(wiring)
     weights = {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers}
     rounded = [name for name in rounded if name not in left_out]
-    recurrent = {name: weights[name] for name in rounded if isinstance(plain.get_submodule(name), RecurrentWeight)}
     inputs = map_tensors(example.inputs, lambda tensor: tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]))
     length = None if example.mask is None else example.mask.shape[1]
     key, state = _key(plain, inputs, length), state_of(plain)
-    aliases = _aliases(plain)
 
     def attempt(cache: Cache) -> tuple[ir.Model, dict[str, np.ndarray]] | None:
         """Return the graph and its values; None if a cached graph does not fit the network."""
@@ -80,11 +78,7 @@ def float_graph(
 
         try:
             graph = cached_graph(key, export, state, cache)
-            _tidy(graph, weights, aliases)
-            values = values_on(graph, input_tensors(probe))
-            fold_weights(graph, values)
-            check_graph(plain, graph, values, probe, [name for name in rounded if name not in recurrent])
-            _check_recurrent(graph, recurrent)
+            values = _checked_values(plain, graph, probe, weights, rounded)
         except Exception:  # many kinds, if the graph was exported for other inputs
             if new:
                 raise
@@ -97,6 +91,19 @@ def float_graph(
         checked = attempt(Cache())
     assert checked is not None  # a new graph passes or raises
     return checked
+
+
+def _checked_values(
+    plain: nn.Module, graph: ir.Model, probe: Batch, weights: Mapping[str, np.ndarray], rounded: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Tidy the exported graph, in place, and check it against the network; return its values on `probe`."""
+    recurrent = {name: weights[name] for name in rounded if isinstance(plain.get_submodule(name), RecurrentWeight)}
+    _tidy(graph, weights, _aliases(plain))
+    values = values_on(graph, input_tensors(probe))
+    fold_weights(graph, values)
+    check_graph(plain, graph, values, probe, [name for name in rounded if name not in recurrent])
+    _check_recurrent(graph, recurrent)
+    return values
 
 
 def _left_out(wiring: Wiring) -> set[str]:

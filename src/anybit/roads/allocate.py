@@ -70,6 +70,7 @@ def allocate(
 
     Raises InfeasibleBudget if no scheme fits, SchemeMismatch if the model is another, and InvalidFile if the run has no valid candidates.
     """
+    # Long, because it is the list of the road's stages, each of which needs results of those before it.
     limits = Budget.parse(budget)
     folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them works
     file = read_scheme(folder)

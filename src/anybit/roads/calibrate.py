@@ -124,6 +124,7 @@ def calibrate(
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
+    # Long by its arguments and their documentation; the stages are in prepare_bench.
     options = CalibrateSettings.of(**settings)
     several = isinstance(budget, (list, tuple))
     if several and not budget:

@@ -136,6 +136,7 @@ def extract(
 
     Raises InfeasibleBudget if no subnet fits, SchemeMismatch if a precision was not trained, InvalidSetting or InvalidFile otherwise.
     """
+    # Long, because it is the list of the road's stages, each of which needs results of those before it.
     options = CalibrateSettings.of(**settings)
     check_subnet(budget, scheme, polish, data)
     if settings and not polish:

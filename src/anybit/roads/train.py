@@ -58,6 +58,7 @@ def train(
 
     The result's weights are those of the store: rounded to 8 bits. Raises the errors of `grow`.
     """
+    # Long, because it is the list of the road's stages, each of which needs results of those before it.
     options = SupernetSettings.of(**settings)
     place = checkpoint_place(checkpoint)
     clock = StageClock()
