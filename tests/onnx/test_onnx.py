@@ -958,6 +958,46 @@ def test_rejects_fixed_batch_size():
         exported(canonical, batch)
 
 
+class Deciding(nn.Module):
+    """A forward that looks at the numbers before it goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 4)
+
+    def forward(self, x):
+        if (x > 0).any():
+            x = 2 * x
+        return self.a(x)
+
+
+def test_branch_on_data_is_refused_by_its_line():
+    canonical = canonical_of(Deciding().eval(), inputs((6,)), lambda layer: Precision(8, 8))
+    with pytest.raises(
+        UnsupportedModel, match=r"numbers in a tensor .* line \d+ of test_onnx\.py: if \(x > 0\)\.any\(\):\. .*torch\.where"
+    ):
+        exported(canonical, inputs((6,)))
+
+
+class Masked(nn.Module):
+    """A float number minus an integer mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 4)
+
+    def forward(self, x, mask):
+        return self.a(x * (1.0 - mask))
+
+
+def test_integer_mask_subtracted_from_a_number_is_exported():
+    batch = Batch((inputs((6,)).inputs, torch.randint(2, (16, 6))))
+    canonical = canonical_of(Masked().eval(), batch, lambda layer: Precision(8, 8))
+    with torch.no_grad():
+        simulated = call(canonical.model, batch.inputs)
+    assert torch.from_numpy(runtime_outputs(exported(canonical, batch).integer, batch)[0]).sub(simulated).norm() < 0.05 * simulated.norm()
+
+
 class Counted(nn.Module):
     """A forward that takes the size of the batch by `len`."""
 

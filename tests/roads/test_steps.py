@@ -1,4 +1,5 @@
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from networks import (
 )
 from torch import nn
 
-from anybit.allocation.choice import Judge, check_feasible, choose_scheme, fits_budget
+from anybit.allocation.choice import Judge, check_feasible, choose_scheme, drop_in_words, fits_budget
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import Budget
 from anybit.data.batches import Batch
@@ -494,3 +495,29 @@ def test_measured_loss_limit_is_met_if_any_scheme_meets_it(residual, limit):
     chosen = next(row for row in choice.measured if row["scheme"] == choice.scheme)
     assert chosen in keeping if keeping else chosen["name"] == "allocated 1"
     assert all(chosen["bytes"] <= row["bytes"] for row in keeping)
+
+
+@pytest.mark.parametrize(("scale", "percent"), [(1.0, 0.01), (100.0, 1.0), (-5.0, 1.0)], ids=["share", "percent", "negative"])
+@pytest.mark.parametrize("limit", [0.5, 2.0, 20.0])
+def test_drop_binds_whatever_the_scale_of_the_metric(scale, percent, limit):
+    """A metric of 0 to 1 could not lose the 1.0 that drop=1% stood for."""
+    network, calibration, candidates, judge = bench("residual")
+    held_out = labelled(calibration, network)
+    table = sensitivity_table(network, candidates, calibration, judge.reference, "classification", SETTINGS)
+
+    def metric(outputs, labels):
+        share = 1 / (1 + float((outputs - judge.reference).abs().mean()))
+        return scale * share if scale > 0 else scale * (1 - share) - 1
+
+    judged = Judge(network, candidates, held_out, judge.reference, "classification", metric)
+    budget = Budget.parse(f"drop={limit}%")
+    try:
+        choice = choose_scheme(network, table, budget, SETTINGS.alternatives, judged)
+    except InfeasibleBudget as refused:
+        enough = re.search(r"raise the budget to (drop=\S+)\.$", str(refused))[1]
+        limit = float(enough.removeprefix("drop=").removesuffix("%"))
+        choice = choose_scheme(network, table, Budget.parse(enough), SETTINGS.alternatives, judged)
+    lost = metric(judge.reference, None) - judged.of_scheme(choice.scheme)["metric"]
+    assert lost <= limit * percent * (1 + 1e-9)
+    words = drop_in_words(budget, metric, metric(judge.reference, None))
+    assert words.startswith(f"{budget} allows metric to lose {budget.limit('drop') * percent:g}: ")

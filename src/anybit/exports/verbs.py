@@ -18,7 +18,7 @@ from anybit.data.batches import Batch, call, check_finite, map_tensors, read_out
 from anybit.data.samples import Samples
 from anybit.data.tasks import Metric, check_metric_on, compare_exported, keeping_task, outputs_of
 from anybit.environment import environment
-from anybit.errors import InvalidInput
+from anybit.errors import InvalidInput, InvalidSetting
 from anybit.exports.formats import check_new_file
 from anybit.files.cache import LIMIT, Cache, open_cache, trim_cache
 from anybit.networks.canonical import Canonical
@@ -37,7 +37,7 @@ from anybit.scheme import Precision, parsed_keep
 from anybit.sources.inputs import as_samples, check_outputs, compared, load_data
 from anybit.sources.labels import task_of_labels
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
-from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.preprocessing import Preprocessing, check_applies
 
 EXAMPLES = 32
 """Inputs that an export runs: a few identify its tensors, all give the ranges that the run lacks."""
@@ -243,8 +243,13 @@ def profile(
 
     Returns seconds per sample: of each layer, of its boundaries, and of whole networks.
     """
+    check_applies(preprocessing, [data])
+    if weights is not None and not isinstance(model, str):
+        raise InvalidSetting(
+            f"The weights {weights} are for a model given by reference, but a network was given. Load them into it yourself."
+        )
     network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else adapted_network(model)
-    adjusted = with_model_defaults(preprocessing, network)
+    adjusted = with_model_defaults(preprocessing, network, [data])
     samples = load_data(data, adjusted, workers, network) if isinstance(data, str) else as_samples(data, workers, network)
     batch = _first(samples, PROBE, network)
     ready = observe_network(network.eval(), batch, LayerOptions((8,), (8, None), parsed_keep(keep or {})))

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce, wraps
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
 from torch.overrides import TorchFunctionMode
 
 from anybit.data.batches import Inputs, map_tensors, tensors_in
@@ -69,7 +70,7 @@ def export_graph(plain: nn.Module, inputs: Inputs, length: int | None, wiring: W
             program = torch.onnx.export(plain, **passed, dynamo=True, **settings)
     except Exception as error:  # the exporter raises errors of many kinds
         known = (remedy for kind, remedy in NO_EXPORT.items() if any(op.kind == kind for op in wiring.operations))
-        raise UnsupportedModel(f"The network cannot be exported to ONNX: {next(known, _reason(error))}") from error
+        raise UnsupportedModel(f"The network cannot be exported to ONNX: {next(known, _reason(error, plain))}") from error
     assert program is not None, "without a file to write, the exporter returns its program"
     graph = program.model
     if any(value.shape is not None and len(value.shape) and isinstance(value.shape[0], int) for value in graph.graph.inputs):
@@ -124,7 +125,7 @@ def _batch_as_size(model: nn.Module) -> Iterator[None]:
     try:
         for names in without:
             names["len"] = _length
-        with _Halves():
+        with _Translated():
             yield
     finally:
         for names in without:
@@ -135,12 +136,16 @@ def _length(of: Any) -> Any:
     return of.shape[0] if isinstance(of, Tensor) and of.dim() else len(of)
 
 
-class _Halves(TorchFunctionMode):
-    """Splits a tensor of n batches into n, which `chunk` of an unknown size does not know to be so many."""
+class _Translated(TorchFunctionMode):
+    """Functions as others that the exporter translates: `chunk` of a tensor of n batches into n, and an integer tensor subtracted from a
+    float number."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        named = {"tensor" if name == "input" else name: value for name, value in (kwargs or {}).items()}
-        return _chunked(*args, **named) if function in (torch.chunk, Tensor.chunk) else function(*args, **(kwargs or {}))
+        if function in (torch.chunk, Tensor.chunk):
+            return _chunked(*args, **{"tensor" if name == "input" else name: value for name, value in (kwargs or {}).items()})
+        if function is Tensor.__rsub__ and isinstance(args[1], float) and not args[0].is_floating_point():
+            args = args[0].to(torch.get_default_dtype()), args[1]
+        return function(*args, **(kwargs or {}))
 
 
 def _chunked(tensor: Tensor, chunks: int, dim: int = 0) -> Any:
@@ -190,15 +195,28 @@ def _without_idle_autocast() -> Iterator[None]:
         torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, model: nn.Module) -> str:
     """Return the first line of the innermost cause, as the outer ones are about the exporter's stages, and the line of the network that it
-    is about if the exporter names one."""
+    is about: one that the exporter names, or the last that was running."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error)
-    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__).removesuffix("Tried overloads:")
-    lines = CALL_SITE.findall(text.partition("Original traceback:")[2])
+    reason, remedy = (
+        next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__),
+        "Write that line differently.",
+    )
+    if isinstance(error, GuardOnDataDependentSymNode):
+        reason = "a size or a branch depends on the numbers in a tensor (.item(), .max(), `if x.any()`), where a graph needs shapes alone."
+        remedy = "Let it depend on shapes or constants; torch.where chooses between numbers."
+    lines = CALL_SITE.findall(text.partition("Original traceback:")[2]) or _running(error, model)
     if not lines:
         return reason
     file, number, code = lines[-1]
-    return f"{reason.strip()} It is about line {number} of {Path(file).name}: {code.strip()}. Write that line differently."
+    return f"{reason.removesuffix('Tried overloads:').strip()} It is about line {number} of {Path(file).name}: {code.strip()}. {remedy}"
+
+
+def _running(error: BaseException, model: nn.Module) -> list[tuple[str, int | None, str]]:
+    """Return (file, line, code) of the calls in the network's own files in which the error was raised."""
+    names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in names if name.partition(".")[0] not in ("torch", "anybit")}
+    return [(frame.filename, frame.lineno, frame.line or "") for frame in extract_tb(error.__traceback__) if frame.filename in files]

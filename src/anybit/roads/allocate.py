@@ -25,7 +25,7 @@ from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads import expected
-from anybit.roads.calibrate import finish
+from anybit.roads.calibrate import finish, tell_of_drop
 from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, on_device, read_alike
 from anybit.roads.keys import data_digest, key_of_run, metric_digest, weights_digest
 from anybit.roads.latencies import with_latencies
@@ -128,7 +128,7 @@ def allocate(
     tested = 0 if tests is None else len(tests)
     plan(expected.Calibration.of_network(network, light, calibration.count(), tested, 1, forward).of_allocation())
     if metric is not None and labels is not None:
-        judge.of_outputs(reference)  # a failing metric raises before the work
+        tell_of_drop([limits], metric, judge.of_outputs(reference)["metric"])  # a failing metric raises before the work
     float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
     bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets, float_test=float_test, notes=notes)
     provenance = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybit.allocation.choice import Choice, Judge, check_feasible
+from anybit.allocation.choice import Choice, Judge, check_feasible, drop_in_words
 from anybit.budget import DROP, LATENCY, Budget, budget_check, cost_quantities, listed, parse_budgets
 from anybit.calls import checking, public
 from anybit.data.batches import Batch, check_finite, check_finite_outputs, naming_sample
@@ -81,7 +81,7 @@ from anybit.roads.steps import (
     solved_candidates,
 )
 from anybit.scheme import Scheme
-from anybit.settings import takes
+from anybit.settings import Need, takes
 from anybit.sources.inputs import samples_from
 from anybit.sources.preprocessing import Preprocessing
 
@@ -130,6 +130,10 @@ def calibrate(
     if several and not budget:
         raise InvalidSetting("budget is an empty list. Give budgets, such as ['4bit', '3bit'], or none to keep 8 bits where possible.")
     budgets = [None] if budget is None else list(parse_budgets(listed(budget)))
+    measures = any(one is not None and one.loss() is not DROP for one in budgets)
+    idle = Need(("alternatives",), measures, "without a budget of which the best schemes are measured", "a budget", amounts=True)
+    for note in options.notes_on_effect([idle]):
+        tell("note", note=note)
     model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, options.task)
     samples = samples_from(data, workers, preprocessing, model, options.samples, metric)
     samples = draw(samples, options.samples, options.seed).on(device)
@@ -194,7 +198,7 @@ def prepare_bench(
         restore(network.float_model, network.moving)
         cache = key_of_run(cache, network, calibration, [*references, reference], settings)
         if labels is not None and metric is not None:
-            measure(metric, task.tensors(reference), labels)
+            tell_of_drop(budgets, metric, measure(metric, task.tensors(reference), labels))
     forward = clock.stages[-1]["seconds"] / sum(calibration.count())
     tested = 0 if tests is None else len(tests)
     plan(expected.Calibration.of_network(network, settings, calibration.count(), tested, max(len(budgets), 1), forward).stages())
@@ -303,11 +307,16 @@ def _float_held_out(judge: Judge) -> dict[str, Any]:
     return {"float_held_out": scores} if scores else {}
 
 
+def tell_of_drop(budgets: Sequence[Budget], metric: Metric, float_score: float) -> None:
+    """Note what "drop=" budgets mean for a user's metric, whose scale they do not say."""
+    for budget in budgets:
+        if budget.loss() is DROP:
+            tell("note", note=drop_in_words(budget, metric, float_score))
+
+
 def _within_drop(bench: CalibrationState, drop: float, polished: nn.Module) -> bool:
     """Return whether the polished model loses no more than the allowed drop."""
-    judge, counted = bench.judge, bench.judge.counted
-    assert counted is not None  # else the budget was refused
-    return judge.of_outputs(judge.reference)[counted] - judge.of_model(polished)[counted] <= drop
+    return bench.judge.lost(bench.judge.float_score(), bench.judge.of_model(polished)) <= drop
 
 
 def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:

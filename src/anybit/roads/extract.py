@@ -143,7 +143,11 @@ def extract(
         raise InvalidSetting(
             f"{next(iter(settings))} does not apply to an extraction without polish. Leave it out, or give --polish and --data."
         )
+    if metric is not None and test is None:
+        raise InvalidSetting("A metric is reported on test data, but there is none. Give --test, or leave out --metric.")
     limits = None if budget is None else Budget.parse(budget, check_is_counted)
+    for note in options.notes_on_effect() if polish else ():
+        tell("note", note=note)
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     clock = StageClock()
     samples = None if data is None else supernet_data(run, supernet, data, workers)

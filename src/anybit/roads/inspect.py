@@ -9,7 +9,7 @@ from torch import nn
 
 from anybit.calls import public
 from anybit.data.batches import Batch, check_finite
-from anybit.errors import InvalidInput
+from anybit.errors import InvalidInput, InvalidSetting
 from anybit.exports.trial import try_export
 from anybit.networks.copies import checked_copy
 from anybit.networks.layers import float_weight
@@ -39,6 +39,8 @@ def inspect(
     options = replace(chosen.options, gradients=False)
     model = load_model(model, None, chosen.task) if isinstance(model, str) else adapted_network(model)
     check_network(model)
+    if data is None and chosen.outputs:
+        raise InvalidSetting("--outputs has no effect without data, on which outputs are read. Leave it out, or give --data.")
     if data is None:
         network, trial = unobserved_network(model, options), {"ok": None, "reason": "it needs data"}
     else:

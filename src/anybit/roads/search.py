@@ -150,7 +150,7 @@ def run_search(
         return cache.keyed(*where, images).value(f"score of {scheme}", measure, float)
 
     statistics = sum(map(len, few)), sum(map(len, bn))
-    plan(search_stages(settings.evaluations, FRONT, statistics, images), measured=False)
+    plan(search_stages(settings.evaluations, FRONT, statistics, images), measured=None)
     progress = iter(track(range(settings.evaluations), "evaluations"))
 
     def evaluate(scheme: Scheme) -> float:
