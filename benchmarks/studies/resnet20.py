@@ -6,6 +6,7 @@
     ladder      the gain of each step of calibrate at each of these precisions, one seed
     solver      with and without the closed-form solver: light, and 300 steps of AdaQuant; with processor times
     roundings   each rounding alone, 300 steps from ranges on 512 images, one seed; with processor times
+    sensitivities  measured or predicted sensitivity: 3 and 2.5 weight bits on average, A8, light, with and without the solver; two seeds
     mixed       4, 3 and 2.5 weight bits on average, all layers in the budget: A8, and searched activation bits; three seeds
     small-sets  W4A4 on 8 to 1,024 images, drawn three times: ranges only, AdaQuant layer-wise and block-wise
     scatter     predicted against measured loss at 3 bits: integer program, 20 random schemes within the budget, uniform
@@ -26,7 +27,7 @@ from anybit.allocation.choice import choose_scheme, measured_row
 from anybit.budget import Budget
 from anybit.data.samples import draw
 from anybit.environment import StageClock
-from anybit.methods.table import ROUNDINGS
+from anybit.methods.table import ROUNDINGS, SENSITIVITIES
 from anybit.networks.observed import ObservedNetwork
 from anybit.roads.calibrate import prepare_bench
 from anybit.roads.settings import CalibrateSettings
@@ -128,6 +129,19 @@ def roundings(study: Calibration) -> None:
             study.measured(f"W{w}A{a} {name}", lambda w=w, a=a, name=name: study.timed(**fixed(w, a), rounding=name, **settings))
 
 
+def sensitivities(study: Calibration) -> None:
+    settings = {"activation_bits": (8,), "pipeline": "light"}
+    for seed in range(2):
+        for chosen in ("none", "gptq"):
+            for name in SENSITIVITIES:
+                study.measured(
+                    f"solver {chosen} {name} seed {seed}",
+                    lambda chosen=chosen, name=name, seed=seed: {
+                        "rows": study.calibrated(["3bit", "2.5bit"], solver=chosen, sensitivity=name, seed=seed, **settings)
+                    },
+                )
+
+
 def mixed(study: Calibration) -> None:
     budgets = ["4bit", "3bit", "2.5bit"]
     searched = ["4bit,bops=650M", "3bit,bops=490M"]
@@ -204,6 +218,7 @@ STUDIES = {
     "ladder": ladder,
     "solver": solver,
     "roundings": roundings,
+    "sensitivities": sensitivities,
     "mixed": mixed,
     "small-sets": small_sets,
     "scatter": scatter,

@@ -252,6 +252,7 @@ def test_new_budget_reuses_every_independent_result(tmp_path, monkeypatch, fille
         ({"steps": 7}, "sequential AdaQuant of"),
         ({"alternatives": 3}, "measured"),
         ({"pairs": True}, "floor"),
+        ({"sensitivity": "hawq"}, "floor"),
         ({"sensitivity_base": "W6A6"}, "ranges"),
         ({"candidate_steps": 4, "parallel": True}, "parallel AdaQuant of"),
         ({"rounding": "adaround", "parallel": True}, "parallel AdaRound of"),

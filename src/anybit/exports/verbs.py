@@ -212,6 +212,9 @@ def bench(
     """
     canonical, file = opened(run, model)
     inputs = inputs_for(run, file, canonical.model, data)
+    if batch_size > len(inputs):
+        count = len(inputs)
+        raise InvalidSetting(f"--batch-size={batch_size} is more than the data's {count} inputs. Give at most --batch-size={count}.")
     with _graphs(cache) as graph_cache:
         graphs = exported(canonical, _first(inputs, EXAMPLES, canonical.model), cache=graph_cache)
     integer = graphs.integer if onnx is None else load(Path(onnx))

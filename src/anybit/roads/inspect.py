@@ -36,7 +36,7 @@ def inspect(
     cache    folder of the exported graph, as for `export`
     """
     chosen = CalibrateSettings.of(**settings)
-    options = replace(chosen.options, gradients=False)
+    options = replace(chosen.options, gradients=False, curvature=False)
     model = load_model(model, None, chosen.task) if isinstance(model, str) else adapted_network(model)
     check_network(model)
     if data is None and chosen.outputs:

@@ -24,7 +24,7 @@ from anybit.supernets.supernet import Supernet
 SOLVING = ("solver",)
 MATCHING = ("bn_tuning", "bn_prior", "bn_target")
 PARALLEL = ("rounding", "candidate_steps", "step_batch", "drop")
-SENSITIVITY = ("pairs",)
+SENSITIVITY = ("pairs", "sensitivity")
 LATER = ("pipeline", "parallel", "alternatives", "memory", "steps", "start", "sequential", "bias_tuning", "tune_scales")
 
 

@@ -10,7 +10,7 @@ from anybit.data.options import OUTPUTS, TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings, MSQSettings
-from anybit.methods.table import GROW_METHODS, ROUNDINGS, SOLVERS
+from anybit.methods.table import GROW_METHODS, ROUNDINGS, SENSITIVITIES, SOLVERS
 from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, WEIGHT_BITS, Precision
 from anybit.settings import NAMES, Need, Settings, Text, documented, option, options_of, same_as
 
@@ -68,6 +68,9 @@ class CalibrateSettings(Settings):
     drop: float = option(0.0, "Share of activation quantizations to drop during reconstruction.", least=0, most=1)
     mirror: bool = option(False, "Also fit to mirrored images.")
     estimator: str = option("mse", "Estimator of quantization ranges.", choices=("mse", "minmax", "percentile"))
+    sensitivity: str = option(
+        "measured", "Loss of each layer at each bit-width: measured, or predicted from Hessian traces.", choices=tuple(SENSITIVITIES)
+    )
     sensitivity_base: Precision = option(FLOAT, "Precision of the other layers while measuring one.", text=PRECISION)
     pairs: bool = option(False, "Measure every (W, A) pair instead of summing two measurements.")
     alternatives: int = option(
@@ -108,6 +111,12 @@ class CalibrateSettings(Settings):
             Need(("unit", "blocks"), fits, "without a solver and training", "--sequential"),
             Need(("blocks",), self.unit == "block", "with --unit=layer", "--unit=block"),
             Need(("tune_scales",), tunes, light or "with --no-bias-tuning", "--bias-tuning"),
+            Need(
+                ("pairs", "sensitivity_base"),
+                self.sensitivity == "measured",
+                f"with --sensitivity={self.sensitivity}",
+                "--sensitivity=measured",
+            ),
             Need(("bn_prior", "bn_target"), self.bn_tuning, "with --no-bn-tuning", "--bn-tuning"),
         ]
 
@@ -116,8 +125,8 @@ class CalibrateSettings(Settings):
         """Return the settings that observing the network needs."""
         from anybit.networks.options import LayerOptions
 
-        gradients = self.does("bias_tuning")
-        return LayerOptions(self.weight_bits, self.activation_bits, self.keep, self.group, self.unit, self.blocks, gradients)
+        gradients, curvature = self.does("bias_tuning"), self.sensitivity == "hawq"
+        return LayerOptions(self.weight_bits, self.activation_bits, self.keep, self.group, self.unit, self.blocks, gradients, curvature)
 
     def does(self, step: str) -> bool:
         """Return whether `step` runs, by its switch or by the pipeline."""

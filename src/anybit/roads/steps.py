@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from anybit.allocation.choice import Choice, Judge, choose_scheme
-from anybit.allocation.sensitivity import SensitivityTable, measure_sensitivity
+from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import Budget
 from anybit.data.batches import Labels
 from anybit.data.samples import Calibration, Samples
@@ -20,7 +20,7 @@ from anybit.loops.closed_form import solve_weight
 from anybit.loops.moments import float_moments
 from anybit.loops.reconstruction import ReconstructionSettings, parallel
 from anybit.methods import batchnorm_tuning
-from anybit.methods.table import rounding_named, solver_named
+from anybit.methods.table import rounding_named, sensitivity_named, solver_named
 from anybit.networks import batchnorm
 from anybit.networks.candidates import (
     Candidates,
@@ -198,12 +198,12 @@ def sensitivity_table(
     settings: CalibrateSettings,
     recall: Cache = Cache(),
 ) -> SensitivityTable:
-    """Return the sensitivity table, measured on the held-out inputs."""
-    base, pairs = settings.sensitivity_base, settings.pairs
+    """Return the sensitivity table, measured or predicted on the held-out inputs."""
+    measuring = {"base": settings.sensitivity_base, "pairs": settings.pairs} if settings.sensitivity == "measured" else {}
     edges = rounded_edges(network.wiring, quantized_layers(network.prepared), network.largest)
-    return measure_sensitivity(
-        network.prepared, candidates, network.choices, calibration.held_out, reference, task, base, pairs, recall,
-        edge_grids(candidates.edges, edges.names),
+    return sensitivity_named(settings.sensitivity)(
+        network.prepared, candidates, network.choices, calibration.held_out, reference, task, cache=recall,
+        edges=edge_grids(candidates.edges, edges.names), **measuring,
     )  # fmt: skip
 
 
