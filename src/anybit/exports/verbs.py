@@ -98,6 +98,17 @@ def _graphs(cache: str | Path | bool) -> Iterator[Cache]:
         trim_cache(graphs.folder, LIMIT)
 
 
+def _loaded(model: nn.Module | str, weights: str | Path | None) -> nn.Module:
+    """Return the network, adapted; load it if it is a reference. Raises InvalidSetting if weights are given for a network."""
+    if isinstance(model, str):
+        return load_model(model, None if weights is None else str(weights))
+    if weights is not None:
+        raise InvalidSetting(
+            f"The weights {weights} are for a model given by reference, but a network was given. Load them into it yourself."
+        )
+    return adapted_network(model)
+
+
 def _exported_again(
     canonical: Canonical, provenance: Mapping[str, str], file: ir.Model, inputs: Samples, cache: str | Path | bool
 ) -> Exported:
@@ -247,11 +258,7 @@ def profile(
     Returns seconds per sample: of each layer, of its boundaries, and of whole networks.
     """
     check_applies(preprocessing, [data])
-    if weights is not None and not isinstance(model, str):
-        raise InvalidSetting(
-            f"The weights {weights} are for a model given by reference, but a network was given. Load them into it yourself."
-        )
-    network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else adapted_network(model)
+    network = _loaded(model, weights)
     adjusted = with_model_defaults(preprocessing, network, [data])
     samples = load_data(data, adjusted, workers, network) if isinstance(data, str) else as_samples(data, workers, network)
     batch = _first(samples, PROBE, network)
