@@ -133,12 +133,12 @@ def allocate(
     if metric is not None and labels is not None:
         tell_of_drop([limits], metric, judge.of_outputs(reference)["metric"])  # a failing metric raises before the work
     float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
-    bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets, float_test=float_test, notes=notes)
+    state = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets, float_test=float_test, notes=notes)
     provenance = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
     if data is not None:
         provenance["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
     return finish(
-        bench,
+        state,
         limits,
         provenance,
         {key: saved[key] for key in ("table", "choices", "settings", "network", "data") if key in saved},

@@ -98,9 +98,9 @@ def polished(
     table = SensitivityTable({(name, precision): 0.0 for name, precision in scheme.items()}, FLOAT, 0)
     cache = key_of_run(cache, network, calibration, [*references, reference], settings)
     cache = cache.keyed(digest(to_tensors(own).values()), settings.to_json())
-    judge = Judge(network, own, calibration.held_out, reference, task_of(reference, example.reader, supernet.task), recall=cache)
-    bench = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
-    done = polish_scheme(bench, scheme)
+    judge = Judge(network, own, calibration.held_out, reference, task_of(reference, example.reader, supernet.task), cache=cache)
+    state = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
+    done = polish_scheme(state, scheme)
     supernet.method.switch(scheme)  # as before the float network was created
     return Canonical(done.model.eval(), network.norms, done.edges), done.ladder[1:]
 
