@@ -1,4 +1,4 @@
-"""How often a network is run and copied: each pass over the data and each copy of the weights has a reason."""
+"""Counts of passes and copies of a network: each pass over the data and each copy of the weights has a reason."""
 
 import copy
 from collections import Counter

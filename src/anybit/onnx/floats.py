@@ -265,7 +265,7 @@ def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray
 def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarray], probe: Batch, quantized: Iterable[str]) -> None:
     """Raise UnsupportedModel if the graph does not compute what `plain` does on the probe inputs.
 
-    Exporters have gaps; and a layer's class may have a forward that does more than the layer's operator, so that the operator's operands
+    Exporters have gaps; and a layer's class may have a forward that does more than the layer's operator, so the operator's operands
     are not what the quantizers round. `quantized` names the layers with quantizers.
     """
     inputs: dict[str, list[np.ndarray]] = {name: [] for name in quantized}
@@ -294,7 +294,7 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
         if (other and not nodes) or not all(any(_reads(node, taken, values) for node in nodes) for taken in calls):
             raise UnsupportedModel(
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "
-                f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep='{name}=float'."
+                f"are, so an integer kernel cannot take its place. Keep the layer float: --keep='{name}=float'."
             )
 
 
