@@ -71,6 +71,7 @@ def allocate(
 
     Raises InfeasibleBudget if no scheme fits, SchemeMismatch if the model is another, and InvalidFile if the run has no valid candidates.
     """
+    # Long, because it is the list of the road's stages, each of which needs results of those before it.
     limits = Budget.parse(budget)
     folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them works
     file = read_scheme(folder)
@@ -132,12 +133,12 @@ def allocate(
     if metric is not None and labels is not None:
         tell_of_drop([limits], metric, judge.of_outputs(reference)["metric"])  # a failing metric raises before the work
     float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
-    bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets, float_test=float_test, notes=notes)
+    state = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets, float_test=float_test, notes=notes)
     provenance = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
     if data is not None:
         provenance["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
     return finish(
-        bench,
+        state,
         limits,
         provenance,
         {key: saved[key] for key in ("table", "choices", "settings", "network", "data") if key in saved},
