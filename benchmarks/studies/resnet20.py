@@ -29,7 +29,7 @@ from anybit.data.samples import draw
 from anybit.environment import StageClock
 from anybit.methods.table import ROUNDINGS, SENSITIVITIES
 from anybit.networks.observed import ObservedNetwork
-from anybit.roads.calibrate import prepare_bench
+from anybit.roads.calibrate import prepare_state
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
 from benchmarks.studies.cifar10 import ResNet20, cifar10_parser
@@ -192,11 +192,11 @@ def scatter(study: Calibration) -> None:
     def run() -> dict[str, Any]:
         settings = CalibrateSettings(activation_bits=(8,), alternatives=10)
         clock = StageClock()
-        bench = prepare_bench(study.network(), draw(study.train, 1024, 0), settings, [], clock)
-        choice = choose_scheme(bench.network, bench.table, Budget.parse("3bit"), settings.alternatives, bench.judge)
+        state = prepare_state(study.network(), draw(study.train, 1024, 0), settings, [], clock)
+        choice = choose_scheme(state.network, state.table, Budget.parse("3bit"), settings.alternatives, state.judge)
         rows = [{k: v for k, v in row.items() if k != "scheme"} for row in choice.measured]
-        for index, scheme in enumerate(random_schemes(bench.network, 3, 20)):
-            row = measured_row(bench.network, bench.table, f"random {index}", scheme, bench.judge)
+        for index, scheme in enumerate(random_schemes(state.network, 3, 20)):
+            row = measured_row(state.network, state.table, f"random {index}", scheme, state.judge)
             rows.append({k: v for k, v in row.items() if k != "scheme"})
         return {"rows": rows, "stages": clock.stages}
 

@@ -49,7 +49,7 @@ NOUNS = {bool: "true or false", int: "a whole number", float: "a finite number",
 
 
 class Text(NamedTuple):
-    """How a value other than a number, word or switch is written; `parse` raises ValueError for an invalid text."""
+    """The text form of a value other than a number, word or switch; `parse` raises ValueError for an invalid text."""
 
     parse: Callable[[Any], Any]
     write: Callable[[Any], Any] = str
@@ -57,9 +57,9 @@ class Text(NamedTuple):
 
 
 class Need(NamedTuple):
-    """What options need in order to have an effect: `names` do nothing `without` it; `remedy` are the options that bring it about.
+    """A condition without which options have no effect: `names` do nothing `without` it; `remedy` are the options that meet it.
 
-    Of `amounts` of work, which many runs may share whether or not they do that work, a note says so; other options are refused.
+    Options without effect are refused; of `amounts` of work, which many runs may share whether or not they do that work, a note is given.
     """
 
     names: tuple[str, ...]

@@ -15,7 +15,7 @@ from anybit.runs.folder import new_folder
 
 
 def in_a_thread(work):
-    """What `work` returns or raises in another thread."""
+    """Run `work` in another thread, and return or raise what it does."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
 

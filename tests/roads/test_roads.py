@@ -548,8 +548,8 @@ def test_new_drop_budget_holds_after_polishing(tmp_path, monkeypatch):
     anybit.calibrate(model, data, "4bit", **{**QUICK, "pipeline": "light"}).save(tmp_path / "run")
     polish = polish_scheme
 
-    def spoiling(bench, scheme):
-        polished = polish(bench, scheme)
+    def spoiling(state, scheme):
+        polished = polish(state, scheme)
         polished.model.fc.bias.data[0] = 1e3
         return polished
 

@@ -36,7 +36,7 @@ class Judge:
     reference: Tensor
     task: Task
     metric: Metric | None = None
-    recall: Cache = field(default_factory=Cache)
+    cache: Cache = field(default_factory=Cache)
     scored: bool = True
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class Judge:
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
         """Measure a scheme built from the unchanged candidates."""
         apply = partial(self.network.apply, scheme, self.candidates)
-        return self.recall.value(f"measured {scheme}", lambda: self.of_model(apply()), as_scores)
+        return self.cache.value(f"measured {scheme}", lambda: self.of_model(apply()), as_scores)
 
     def of_model(self, model: nn.Module) -> dict[str, float]:
         """Return {"loss": distance, with labels the task's counted score ("top1", ...), "metric": the user's}."""

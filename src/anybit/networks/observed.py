@@ -102,9 +102,8 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     check_network(model)
     check_finite_weights(model)
     covered, _ = coverage(model)
-    check_float32(
-        model, [name for name in covered if name not in options.float_layers(covered)]
-    )  # before a mismatched type makes the network reject its input
+    # Before a mismatched type makes the network reject its input.
+    check_float32(model, [name for name in covered if name not in options.float_layers(covered)])
     before = state_of(model)
     first = observed_pass(model, example)
     if calls_functions(model, first.wiring):

@@ -150,7 +150,7 @@ def moving_state(
     for key in moved:
         if key in parameters:
             raise UnsupportedModel(
-                f"A pass in evaluation mode changes {key}, so that its codes would not stay valid. Let {_owner(key)} change it in training "
+                f"A pass in evaluation mode changes {key}, so its codes would not stay valid. Let {_owner(key)} change it in training "
                 "mode only (for an embedding: max_norm=None)."
             )
     if name is not None:

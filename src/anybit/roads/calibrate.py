@@ -124,6 +124,7 @@ def calibrate(
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
+    # Long by its arguments and their documentation; the stages are in prepare_state.
     options = CalibrateSettings.of(**settings)
     several = isinstance(budget, (list, tuple))
     if several and not budget:
@@ -148,20 +149,20 @@ def calibrate(
         expected.Calibration.of_model(network, options, len(samples), 0 if tests is None else len(tests), len(budgets)).stages(),
         measured=False,
     )
-    bench = prepare_bench(network, samples, options, [one for one in budgets if one], clock, metric, entries, tests)
+    state = prepare_state(network, samples, options, [one for one in budgets if one], clock, metric, entries, tests)
     saved = {
-        "table": bench.table.to_json(),
-        "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
+        "table": state.table.to_json(),
+        "choices": {name: [str(precision) for precision in precisions] for name, precisions in state.network.choices.items()},
         "settings": options.to_json(),
-        "network": weights_digest(bench.network),
-        "data": data_digest(bench.calibration),
+        "network": weights_digest(state.network),
+        "data": data_digest(state.calibration),
     }
-    results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages))) for one in budgets]
+    results = [finish(state, one, provenance, saved, StageClock(list(clock.stages))) for one in budgets]
     report_and_trim(entries)
     return Results(results) if several else results[0]
 
 
-def prepare_bench(
+def prepare_state(
     model: nn.Module,
     samples: Samples,
     settings: CalibrateSettings,
@@ -227,8 +228,8 @@ def prepare_bench(
     cache = keyed_by_settings(cache, settings, SENSITIVITY).keyed(task.name)
     with clock.stage("sensitivity"):
         table = sensitivity_table(network, candidates, calibration, reference, task, settings, cache)
-    recall = cache.keyed(metric_digest(metric, calibration.held_out))
-    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, recall, scored)
+    cache = cache.keyed(metric_digest(metric, calibration.held_out))
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache, scored)
     return CalibrationState(
         network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors, float_test, notes
     )
@@ -255,48 +256,48 @@ def _observed(
 
 
 def finish(
-    bench: CalibrationState,
+    state: CalibrationState,
     budget: Budget | None,
     provenance: Mapping[str, Any],
     saved: Mapping[str, Any],
     clock: StageClock,
 ) -> Result:
     """Return the polished, measured result for one budget; `saved` is stored beside the candidates, for later budgets."""
-    network = bench.network
+    network = state.network
     with clock.stage("allocation"):
-        choice = chosen_scheme(bench, budget)
-        tell("allocation", budget=budget and str(budget), certificate=choice.certificate(bench.settings.seed), scheme=choice.scheme)
+        choice = chosen_scheme(state, budget)
+        tell("allocation", budget=budget and str(budget), certificate=choice.certificate(state.settings.seed), scheme=choice.scheme)
     with clock.stage("polish"):
-        polished = polish_scheme(bench, choice.scheme)
+        polished = polish_scheme(state, choice.scheme)
         model, edges = polished.model, polished.edges
-        if budget is not None and (drop := budget.limit(DROP.name)) is not None and not _within_drop(bench, drop, model):
+        if budget is not None and (drop := budget.limit(DROP.name)) is not None and not _within_drop(state, drop, model):
             # Polishing is judged by the loss, but the candidates must meet the allowed drop.
-            model = network.apply(choice.scheme, bench.candidates)
-            edges = as_ranges(bench.candidates.edges, network.wiring)
+            model = network.apply(choice.scheme, state.candidates)
+            edges = as_ranges(state.candidates.edges, network.wiring)
     restore(model, network.moving)
     canonical = Canonical(in_evaluation_mode(model), network.norms, edges)
-    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
-    report |= described_inputs(provenance, network, bench.notes) | _float_held_out(bench.judge)
-    if isinstance(apart := bench.judge.task.distance, WeightedErrors):
+    report = _report(state, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
+    report |= described_inputs(provenance, network, state.notes) | _float_held_out(state.judge)
+    if isinstance(apart := state.judge.task.distance, WeightedErrors):
         with clock.stage("outputs"):
-            of_each = apart.of_each(outputs_of(canonical.model, bench.calibration.held_out), bench.judge.reference)
+            of_each = apart.of_each(outputs_of(canonical.model, state.calibration.held_out), state.judge.reference)
         report["outputs"] = {name: float(errors.mean()) for name, errors in of_each.items()}
-    if (test := bench.float_test) is not None:
+    if (test := state.float_test) is not None:
         with clock.stage("test"):
-            batches = test.samples.batches(bench.settings.batch_size)
-            scores = evaluate_model(canonical.model, batches, bench.judge.task, bench.judge.metric, test.outputs)
+            batches = test.samples.batches(state.settings.batch_size)
+            scores = evaluate_model(canonical.model, batches, state.judge.task, state.judge.metric, test.outputs)
         report |= {"float_test": test.scores, "test": scores}
     restore(canonical.model, network.moving)  # restore the original values, which scoring may change
     canonical.model.cpu()
-    canonical.fingerprint = fingerprint_of(canonical.model, bench.calibration.fitting[0], network.float_model)
+    canonical.fingerprint = fingerprint_of(canonical.model, state.calibration.fitting[0], network.float_model)
     if budget is not None and budget.limit(LATENCY.name) is not None:
         with clock.stage("latency"):
-            report["latency"] = measured_latencies(network.costs, canonical, bench.calibration.fitting[0].to("cpu"))
+            report["latency"] = measured_latencies(network.costs, canonical, state.calibration.fitting[0].to("cpu"))
     report["stages"] = clock.stages
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
-    provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task.name}
-    provenance["outputs"] = dict(bench.settings.outputs) or None
-    return Result(canonical, report, provenance, bench.candidates, dict(saved))
+    provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": state.judge.task.name}
+    provenance["outputs"] = dict(state.settings.outputs) or None
+    return Result(canonical, report, provenance, state.candidates, dict(saved))
 
 
 def _float_held_out(judge: Judge) -> dict[str, Any]:
@@ -313,16 +314,16 @@ def tell_of_drop(budgets: Sequence[Budget], metric: Metric, float_score: float) 
             tell("note", note=drop_in_words(budget, metric, float_score))
 
 
-def _within_drop(bench: CalibrationState, drop: float, polished: nn.Module) -> bool:
+def _within_drop(state: CalibrationState, drop: float, polished: nn.Module) -> bool:
     """Return whether the polished model loses no more than the allowed drop."""
-    return bench.judge.lost(bench.judge.float_score(), bench.judge.of_model(polished)) <= drop
+    return state.judge.lost(state.judge.float_score(), state.judge.of_model(polished)) <= drop
 
 
-def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:
+def _report(state: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:
     """Return the JSON report, without measured schemes, tests and times."""
-    network, settings = bench.network, bench.settings
+    network, settings = state.network, state.settings
     layers = {
-        name: {**row, "predicted_loss": bench.table.loss(name, scheme[name])} for name, row in layer_costs(network.costs, scheme).items()
+        name: {**row, "predicted_loss": state.table.loss(name, scheme[name])} for name, row in layer_costs(network.costs, scheme).items()
     }
     rows = [{**row, "scheme": row["scheme"].to_json(), "chosen": row["scheme"] == choice.scheme} for row in choice.measured]
     return {
@@ -332,27 +333,27 @@ def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Bud
         "float_bytes": network.costs.float_bytes,
         "layers": layers,
         "schemes": rows,
-        "table": _table(bench),
+        "table": _table(state),
         "certificate": choice.certificate(settings.seed),
-        "candidate_errors": {name: {str(bits): row for bits, row in rows.items()} for name, rows in bench.errors.items()},
-        "inputs": dict(zip(("fitting", "held_out"), bench.calibration.count(), strict=True)),
+        "candidate_errors": {name: {str(bits): row for bits, row in rows.items()} for name, rows in state.errors.items()},
+        "inputs": dict(zip(("fitting", "held_out"), state.calibration.count(), strict=True)),
         "uncovered": dict(network.uncovered),
         "settings": settings.to_json(),
         "environment": environment(),
     }
 
 
-def _table(bench: CalibrationState) -> dict[str, Any]:
+def _table(state: CalibrationState) -> dict[str, Any]:
     """Return the predicted loss and costs of every candidate precision, from which other budgets can be met without the network."""
-    choices, costs = bench.network.choices, bench.network.costs
+    choices, costs = state.network.choices, state.network.costs
     shown = [cost for cost in cost_quantities() if cost.counted is cost and cost.recorded == "candidates"]
     return {
-        "floor": bench.table.floor,
+        "floor": state.table.floor,
         "fixed_bytes": costs.fixed_bytes(choices),
         "weights": sum(size.weights for size in costs.layers.values()),
         "layers": {
             name: {
-                str(p): {"loss": bench.table.loss(name, p)} | {cost.name: cost.layer(costs, name, p) for cost in shown} for p in precisions
+                str(p): {"loss": state.table.loss(name, p)} | {cost.name: cost.layer(costs, name, p) for cost in shown} for p in precisions
             }
             for name, precisions in choices.items()
         },

@@ -187,6 +187,7 @@ def grow(
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; AnybitError if the loss becomes NaN.
     """
+    # Long, because it is the list of the road's stages, each of which needs results of those before it.
     grow_settings = GrowSettings.of(**settings)
     budget, scheme = _parsed_target(budget, scheme)
     method = grow_method_name(grow_settings.method, scheme is not None)

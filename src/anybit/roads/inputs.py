@@ -78,7 +78,7 @@ def unread_in_words(network: ObservedNetwork) -> str:
     if not network.unread:
         return ""
     names = ", ".join(network.unread)
-    return f"no compared output depends on {names}, so that a budget gives them the fewest bits. Change that with --outputs or --keep"
+    return f"no compared output depends on {names}, so a budget gives them the fewest bits. Change that with --outputs or --keep"
 
 
 def notes_on(network: ObservedNetwork) -> list[str]:

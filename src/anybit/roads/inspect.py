@@ -1,6 +1,6 @@
 """Inspect a network: its layers, coverage, and the cost of each bit-width."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,19 +49,7 @@ def inspect(
         check_outputs(copied, batch)
         trial = try_export(network, batch, cache) if export else {"ok": None, "reason": "it was not tried"}
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
-    layers = {
-        name: {
-            "class": type(network.float_model.get_submodule(name)).__name__,
-            "weight": list(float_weight(network.float_model.get_submodule(name)).shape),
-            **_seen(network, name, data is not None),
-            "folds": network.norms.get(name),
-            "calls": network.wiring.calls[name] if data is not None else None,
-            "block": blocks.get(name),
-            "choices": [str(precision) for precision in network.choices[name]],
-            "bytes": {bits: network.costs.layer_bytes(name, Precision(bits)) for bits in options.weight_bits},
-        }
-        for name in network.names
-    }
+    layers = {name: _layer_row(network, name, data is not None, blocks.get(name), options.weight_bits) for name in network.names}
     uniform = {bits: network.costs.summary(network.uniform(bits, options.activation_bits[-1])) for bits in options.weight_bits}
     for row in uniform.values() if data is None else ():
         row["bops"] = None
@@ -73,6 +61,21 @@ def inspect(
         "float_bytes": network.costs.float_bytes,
         "uniform": uniform,
         "export": trial,
+    }
+
+
+def _layer_row(network: ObservedNetwork, name: str, observed: bool, block: str | None, weight_bits: Sequence[int | None]) -> dict[str, Any]:
+    """Describe a layer; without observation, results of a forward pass are None."""
+    layer = network.float_model.get_submodule(name)
+    return {
+        "class": type(layer).__name__,
+        "weight": list(float_weight(layer).shape),
+        **_seen(network, name, observed),
+        "folds": network.norms.get(name),
+        "calls": network.wiring.calls[name] if observed else None,
+        "block": block,
+        "choices": [str(precision) for precision in network.choices[name]],
+        "bytes": {bits: network.costs.layer_bytes(name, Precision(bits)) for bits in weight_bits},
     }
 
 

@@ -59,6 +59,7 @@ def train(
 
     The result's weights are those of the store: rounded to 8 bits. Raises the errors of `grow`.
     """
+    # Long, because it is the list of the road's stages, each of which needs results of those before it.
     options = SupernetSettings.of(**settings)
     for note in options.notes_on_effect():
         tell("note", note=note)
