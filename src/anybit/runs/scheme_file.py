@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anybit.data.options import TaskName
 from anybit.data.batches import in_evaluation_mode
+from anybit.data.options import TaskName
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.files.strict import check_version, in_words, read_header, read_json, read_tensors, sha256_of, validated, write_json
 from anybit.networks import batchnorm
