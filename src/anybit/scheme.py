@@ -88,6 +88,8 @@ class Scheme(Mapping[str, Precision]):
     @classmethod
     def uniform(cls, names: Iterable[str], precision: Precision | str) -> "Scheme":
         """Return the scheme with the same precision in every layer of `names`."""
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise InvalidSetting(f"{reprlib.repr(names)} is not a list of layers. Write anybit.Scheme.uniform(['fc'], 'W4A8').")
         if isinstance(precision, str):
             precision = Precision.parse(precision)
         return cls(dict.fromkeys(names, precision))

@@ -235,7 +235,8 @@ class Option:
         if value is None and types.NoneType in kinds:
             return None
         others = [kind for kind in kinds if kind is not types.NoneType]
-        reads = next((kind for kind in others if isinstance(value, str) and hasattr(kind, "parse")), None)
+        is_text = isinstance(value, str) and Path not in others  # text beside a path is one
+        reads = next((kind for kind in others if is_text and hasattr(kind, "parse")), None)
         if len(others) > 1 and reads is None and any(isinstance(value, kind) for kind in others if not _is_empty(value)):
             return value
         return self._typed(reads or others[0], value)

@@ -51,6 +51,12 @@ class Samples:
     targets: Callable[[Any], tuple[Any, Any]] | None = None
     listed: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.labelled, bool):
+            raise InvalidSetting(f"Samples: labelled {self.labelled!r} must be True or False.")
+        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 0:
+            raise InvalidSetting(f"Samples: workers {self.workers!r} must be a whole number, at least 0.")
+
     def __len__(self) -> int:
         return length_of(self.dataset, self.name)
 
