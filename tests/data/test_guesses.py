@@ -282,7 +282,7 @@ def test_labels_of_another_output_than_the_first_are_a_question_whose_answers_wo
         lambda **chosen: anybit.calibrate(model, (x, labels), "8bit", **QUICK, **chosen).report["float_held_out"],
         lambda **chosen: anybit.calibrate(model, x, "8bit", test=(x, labels), **QUICK, **chosen).report["float_test"],
     ):
-        with pytest.raises(InvalidInput, match=r"output scores is right on 100 %") as question:
+        with pytest.raises(InvalidInput, match=r"output scores on 100 %") as question:
             ask()
         assert "outputs={'scores': 1.0} or outputs={'features': 1.0}" in str(question.value)
         assert ask(outputs={"scores": 1.0})["top1"] == 100

@@ -665,7 +665,7 @@ def _check_first(reader: OutputReader, outputs: Tensor, labels: Tensor) -> None:
     first, other = reader.outputs[0].name, max(shares, key=lambda name: shares[name], default="")
     if first in shares and shares[first] <= MOST_AT_CHANCE and shares[other] >= shares[first] + LEAST_FOUND:
         raise InvalidInput(
-            f"Labels belong to the first output, {first}, which is right on {100 * shares[first]:.0f} % of them; output {other} is right on "
+            f"Labels belong to the first output, {first}, which is right on {100 * shares[first]:.0f} % of them; output {other} on "
             f"{100 * shares[other]:.0f} %. Say which they belong to: --outputs={other} or --outputs={first}."
         )
 
