@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import anybit_cli
+from networks import Chain, make
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -331,3 +332,23 @@ def test_a_budget_and_the_least_possible_are_in_one_unit(budget):
     assert len(units) == 1 and advised == needed
     assert Budget.parse(limit).conditions[0].limit == pytest.approx(Budget.parse(budget).conditions[0].limit, rel=1e-9)
     assert Budget.parse(advised).conditions[0].limit > Budget.parse(limit).conditions[0].limit
+
+
+def test_a_weight_file_that_has_changed_since_a_run_is_named(here):
+    quick = ["--pipeline", "light", "--solver", "none", "--weight-bits", "4,8", "--activation-bits", "8", "--samples", "12", "--no-cache"]
+    torch.save(make(Chain).state_dict(), "w.pt")
+    done = anybit_cli(*CALIBRATING, "--weights", "w.pt", "--budget", "6bit", *quick)
+    assert done.exit_code == 0, done.stderr
+    for change, words in ((1e-4, "The weights are not those"), (1.0, "The model is not the one")):
+        state = make(Chain).state_dict()
+        state["conv1.weight"][0, 0, 0, 0] += change
+        torch.save(state, "w.pt")
+        done = anybit_cli("allocate", "run", "--budget", "5bit", "--output", "other")
+        assert done.exit_code == 2 and words in done.stderr
+        assert f"has its weights from --weights={Path.cwd() / 'w.pt'}: restore that file" in done.stderr
+
+
+def test_a_batch_of_more_inputs_than_there_are_is_refused(exported_run):
+    run, file, model, data = exported_run
+    with pytest.raises(InvalidSetting, match=r"batch_size=1000000000 is more than the data's 40 inputs\. Give at most batch_size=40\."):
+        anybit.bench(run, file, model=model, data=data, batch_size=10**9)

@@ -75,13 +75,13 @@ def public(function: Function) -> Function:
             plain = [name for name in options if name in bound and name not in OBJECTS]
             for name in plain:
                 bound[name] = _checked(options[name], bound[name], signature.parameters[name], function.__name__)
+            check_takes_two(bound.get("metric"))
             for name, check in checks.items():
                 check(bound.get(name))
             for name in [name for name in options if name in bound and name in OBJECTS]:
                 bound[name] = _checked(options[name], bound[name], signature.parameters[name], function.__name__)
             for name in DATA & bound.keys():
                 bound[name] = _data(name, bound[name], signature.parameters[name].default)
-            check_takes_two(bound.get("metric"))
             return function(*call.args, **call.kwargs)
 
     return called  # type: ignore[return-value]
@@ -124,10 +124,8 @@ def _data(name: str, value: Any, default: Any) -> Any:
     lacking = default is not None if value is None else isinstance(value, str) and not value
     if lacking or isinstance(value, (Number, bytes, bytearray)) or inspect.isroutine(value):
         form = "Call it and give its result:" if inspect.isroutine(value) else "Give"
-        raise InvalidInput(
-            f"{name}={reprlib.repr(value)} is not data. {form} a data set, a DataLoader, arrays (x, y), or a reference such as "
-            f"{name}='data.npz'."
-        )
+        given = f"{name}={reprlib.repr(value)}, of type {type(value).__name__}, is not data."
+        raise InvalidInput(f"{given} {form} a data set, a DataLoader, arrays (x, y), or a reference such as {name}='data.npz'.")
     return str(value) if isinstance(value, Path) else value
 
 

@@ -149,11 +149,13 @@ def parsed_keep(keep: Mapping[str, Precision | str]) -> dict[str, Precision]:
 
 def parse_keep(items: Sequence[str]) -> dict[str, Precision]:
     """Parse texts like "head=W8A8" into shell pattern -> precision."""
-    keep = {}
+    keep: dict[str, Precision] = {}
     for item in items:
         pattern, separator, precision = item.rpartition("=")
         if not separator or not pattern:
             raise InvalidSetting(f"--keep={item!r} cannot be read. Write PATTERN=W8A8 or PATTERN=float.")
+        if pattern in keep:
+            raise InvalidSetting(f"--keep={item!r}: {pattern} is also kept at {keep[pattern]}. Give each pattern once.")
         keep[pattern] = Precision.parse(precision)
     return keep
 

@@ -17,7 +17,7 @@ from anybit.onnx.verification import lacks_exact_kernels
 exactly = pytest.mark.skipif(lacks_exact_kernels() is not None, reason=f"bitwise equality: {lacks_exact_kernels()}")
 
 EXACT = {"Conv", "Gemm", "MatMul", "Add", "Mul", "Concat", "GlobalAveragePool", "MaxPool"}
-"""What runtimes compute on codes as integers, and the reference to the bit."""
+"""Operators that runtimes compute on codes as integers, and the reference bit for bit."""
 MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad", "Gather", "Expand", "Identity"}
 
 

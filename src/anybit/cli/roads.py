@@ -141,7 +141,11 @@ def extract(
     check_subnet(budget, scheme, polish, data)
     check_free(output, overwrite)
     inputs = {"scheme": scheme, "data": data, "test": test, "model": model, "metric": load_metric(metric), "workers": workers}
-    polishing = {"polish": True, "samples": samples, "steps": steps, "cache": cache} if polish else {}
+    sizes = {"samples": samples, "steps": steps}
+    idle = next((name for name, value in sizes.items() if not polish and value != getattr(CalibrateSettings, name)), None)
+    if idle is not None:
+        raise InvalidSetting(f"--{idle}={sizes[idle]} has no effect without polishing. Leave it out, or give --polish and --data.")
+    polishing = {"polish": True, **sizes, "cache": cache} if polish else {}
     return _saved(anybit.extract(run, budget, **inputs, **polishing), output, overwrite)
 
 
@@ -158,13 +162,15 @@ def evaluate(
     """
     if run is None and model is None:
         raise InvalidSetting("RUN or --model is missing. Give a run folder, or --model for the float network.")
+    if run is not None and weights is not None:
+        raise InvalidSetting(f"--weights={weights} has no effect on a run, which has its own. Leave it out, or give --model without RUN.")
     from anybit.reports.words import scores_line
-    from anybit.roads.evaluate import evaluated_network, recorded_outputs
+    from anybit.roads.evaluate import evaluated_network, recorded_outputs, scores_of
 
     function = load_metric(metric)
-    network, preprocessing, task = evaluated_network(run, model, weights, preprocessing, task)
+    network, preprocessing, task = evaluated_network(run, model, weights, data, preprocessing, task)
     compared = outputs or (None if run is None else recorded_outputs(run))
-    scores = anybit.evaluate(network, data, function, task, batch_size, workers, device, preprocessing, compared)
+    scores = scores_of(network, data, function, task, batch_size, workers, device, preprocessing, compared)
     return Outcome(scores, lambda details: print(scores_line(scores)))
 
 
@@ -182,9 +188,11 @@ def inspect(
     """
     from anybit.sources.inputs import load_data
     from anybit.sources.models import load_model, with_model_defaults
+    from anybit.sources.preprocessing import check_applies
 
+    check_applies(preprocessing, [data])
     network = load_model(model, weights, task)
-    samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network), model=network)
+    samples = None if data is None else load_data(data, with_model_defaults(preprocessing, network, [data]), model=network)
     settings = {"weight_bits": weight_bits, "keep": keep or {}, "outputs": outputs or {}}
     return Outcome(anybit.inspect(network, samples, export=export, cache=cache, **settings), "print_inspection")
 

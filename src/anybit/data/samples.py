@@ -93,7 +93,7 @@ class Samples:
         """Return labels that are numbers, as the reader and their form ask for."""
         labels = labels if reader is None else reader.align(labels, batch)
         labels = labels if self.one_hot is None else from_one_hot(labels, self.one_hot)
-        return class_numbers(labels) if self.classes else labels
+        return as_class_numbers(labels) if self.classes else labels
 
     def by_length(self) -> "Samples":
         """Return the samples sorted by length, if the data set knows lengths, so that batches need less padding."""
@@ -182,7 +182,7 @@ def from_one_hot(labels: Tensor, dimension: int) -> Tensor:
     return (labels == 1).long().argmax(dimension)
 
 
-def class_numbers(labels: Tensor) -> Tensor:
+def as_class_numbers(labels: Tensor) -> Tensor:
     """Return class numbers as int64, without the dimension of a column. Raises InvalidInput for fractions, NaN and numbers beyond 2^53."""
     if (wrong := fractions(labels)).any():
         raise InvalidInput(

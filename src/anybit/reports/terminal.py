@@ -186,7 +186,7 @@ def print_search(report: Report, front: bool = True) -> None:
         columns = [report["quantity"], report["score"], "measured again", "proposed by"]
         print_table("Pareto front (held-out inputs; measured again on others)", columns, rows)
     ranked = "" if report["rank_correlation"] is None else f", rank correlation of the predictor {report['rank_correlation']:.3f}"
-    print_line(f"hypervolume {report['hypervolume']['value']:.4g}{ranked}, {report['recalled']} results recalled")
+    print_line(f"hypervolume {report['hypervolume']['value']:.4g}{ranked}, {report['recalled']} results reused")
     for budget, row in report["budgets"].items():
         timed = f", {milliseconds(row['latency'])} predicted" if "latency" in row else ""
         print_line(f"{budget}: {row['weight_bits']:.2f} bits, {human_bytes(row['bytes'])}, {human_count(row['bops'])} BOPs{timed}")

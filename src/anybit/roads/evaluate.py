@@ -18,7 +18,7 @@ from anybit.runs.opened import Run, load, recorded_preprocessing, recorded_task
 from anybit.runs.scheme_file import read_scheme
 from anybit.sources.inputs import check_outputs, compared, first_samples, samples_from
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
-from anybit.sources.preprocessing import Preprocessing, overridden
+from anybit.sources.preprocessing import Preprocessing, check_applies, overridden
 
 
 @public
@@ -45,13 +45,28 @@ def evaluate(
     Raises InvalidInput for missing labels, or labels that do not fit the outputs.
     """
     recorded = recorded_outputs(model)
-    model, preprocessing, task = _network(model, preprocessing, task)
-    samples = samples_from(data, workers, with_model_defaults(preprocessing, model), model, metric=metric)
+    network, preprocessing, task = _network(model, data, preprocessing, task)
+    return scores_of(network, data, metric, task, batch_size, workers, device, preprocessing, outputs or recorded)
+
+
+def scores_of(
+    model: nn.Module,
+    data: Any,
+    metric: Metric | None,
+    task: str | None,
+    batch_size: int,
+    workers: int,
+    device: str,
+    preprocessing: Preprocessing,
+    outputs: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """Score a network as `evaluate` does, with the preprocessing of the options and the run."""
+    samples = samples_from(data, workers, with_model_defaults(preprocessing, model, [data]), model, metric=metric)
     if len(samples) == 0:
         raise InvalidInput("The data is empty. Give at least one labelled sample.")
     network = on_device(model, device, samples)
     check_inputs(network, samples)
-    samples = compared(network, samples, outputs or recorded, task)
+    samples = compared(network, samples, outputs or {}, task)
     check_outputs(network, first_samples(samples.on(device)).to(device))
     if not samples.labelled:
         raise InvalidInput(f"Evaluation needs labels, and this data has none. {samples.unlabelled}Give a labelled set to --data or --test.")
@@ -60,16 +75,19 @@ def evaluate(
     return scores
 
 
-def _network(model: nn.Module | Run, preprocessing: Preprocessing, task: str | None) -> tuple[nn.Module, Preprocessing, str | None]:
+def _network(
+    model: nn.Module | Run, data: Any, preprocessing: Preprocessing, task: str | None
+) -> tuple[nn.Module, Preprocessing, str | None]:
     """Return (the network, preprocessing, task) of a network, result, run or reference."""
     if isinstance(model, nn.Module):
+        check_applies(preprocessing, [data])
         return adapted_network(model), preprocessing, task
     if not isinstance(model, str | Path):
         recorded = Preprocessing.from_json(model.about.get("preprocessing", {}))
+        check_applies(preprocessing, [data], recorded)
         return model.canonical.model, overridden(recorded, preprocessing), task or recorded_task(model)
-    if (Path(model) / SCHEME).is_file():
-        return evaluated_network(Path(model), None, None, preprocessing, task)
-    return load_model(str(model), None, task), preprocessing, task
+    run = Path(model) if (Path(model) / SCHEME).is_file() else None
+    return evaluated_network(run, str(model) if run is None else None, None, data, preprocessing, task)
 
 
 def recorded_outputs(model: nn.Module | Run) -> Mapping[str, float]:
@@ -82,10 +100,12 @@ def recorded_outputs(model: nn.Module | Run) -> Mapping[str, float]:
 
 
 def evaluated_network(
-    run: Path | None, model: str | None, weights: str | None, preprocessing: Preprocessing, task: str | None
+    run: Path | None, model: str | None, weights: str | None, data: Any, preprocessing: Preprocessing, task: str | None
 ) -> tuple[nn.Module, Preprocessing, str | None]:
     """Return (the network, preprocessing, task) of a run, by default as recorded, or of a float network given by reference."""
+    recorded = Preprocessing() if run is None else recorded_preprocessing(run)
+    check_applies(preprocessing, [data], recorded)
     if run is not None:
-        return load(run, model), overridden(recorded_preprocessing(run), preprocessing), task or recorded_task(run)
+        return load(run, model), overridden(recorded, preprocessing), task or recorded_task(run)
     assert model is not None  # given unless there is a run
     return load_model(model, weights, task), preprocessing, task

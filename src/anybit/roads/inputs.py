@@ -1,10 +1,12 @@
 """The inputs of a road: its network, samples and test data, checked before any work."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from anybit.data.batches import Batch, join
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, check_metric
 from anybit.errors import InvalidInput, InvalidSetting, naming
-from anybit.files.whole import check_place
+from anybit.files.whole import check_place, claimed
 from anybit.loops.processes import join_processes
 from anybit.networks.coarse import coarse_in_words
 from anybit.networks.copies import checked_copy, copied
@@ -27,9 +29,11 @@ from anybit.sources.inputs import check_outputs, compared, first_samples, sample
 from anybit.sources.labels import task_of_labels, with_class_numbers
 from anybit.sources.libraries import DRAWN
 from anybit.sources.models import adapted_network, load_model, with_model_defaults
-from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.preprocessing import Preprocessing, check_applies
 from anybit.sources.references import RANDOM, check_device
 from anybit.supernets.supernet import Supernet
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def follow_model(
@@ -39,6 +43,7 @@ def follow_model(
 
     Class folders of data and test data are numbered together.
     """
+    check_applies(preprocessing, [data, test])
     provenance: dict[str, Any] = {}
     if isinstance(model, str):
         place = weights if weights in (None, RANDOM) else str(Path(weights).resolve())
@@ -50,7 +55,7 @@ def follow_model(
         )
     model = adapted_network(model)
     check_network(model)
-    preprocessing = with_model_defaults(preprocessing, model)
+    preprocessing = with_model_defaults(preprocessing, model, [data, test])
     if preprocessing.classes is None and (classes := common_classes([data, test])):
         preprocessing = replace(preprocessing, classes=classes)
     if isinstance(data, str):
@@ -73,7 +78,7 @@ def unread_in_words(network: ObservedNetwork) -> str:
     if not network.unread:
         return ""
     names = ", ".join(network.unread)
-    return f"no compared output depends on {names}, so that a budget gives them the fewest bits. Change that with --outputs or --keep"
+    return f"no compared output depends on {names}, so a budget gives them the fewest bits. Change that with --outputs or --keep"
 
 
 def notes_on(network: ObservedNetwork) -> list[str]:
@@ -148,6 +153,20 @@ def checkpoint_place(checkpoint: str | Path | None) -> Path | None:
     if path.is_dir():
         raise InvalidSetting(f"{path} is a folder. Name a file with --checkpoint.")
     return path
+
+
+def claiming_checkpoint(function: Function) -> Function:
+    """Decorate a training: of several at once with one checkpoint, the first goes on, and the others are refused."""
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **keywords: Any) -> Any:
+        place = checkpoint_place(keywords.get("checkpoint"))
+        if place is None or os.environ.get("RANK", "0") != "0":  # processes of one training share it
+            return function(*arguments, **keywords)
+        with claimed(place, "--checkpoint"):
+            return function(*arguments, **keywords)
+
+    return called  # type: ignore[return-value]
 
 
 def training_inputs(

@@ -48,7 +48,7 @@ from anybit.sources.images import ImageFolder
 from anybit.sources.items import are_texts, as_column, is_batch, read_items, rows_of, runs, samples_of_items
 from anybit.sources.labels import with_class_numbers
 from anybit.sources.models import huggingface, is_transformers
-from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.preprocessing import Preprocessing, applicable
 from anybit.sources.references import check_data, check_part, is_of_arrays, split_subset
 
 BYTES = 2**31
@@ -417,8 +417,10 @@ def samples_from(
 ) -> Samples:
     """Turn a reference, or data in memory, into samples: the first `most` of an iterable; with the labels that only a metric reads, if
     there is one."""
-    by_reference = isinstance(data, str)
-    samples = load_data(data, preprocessing, workers, model, most) if by_reference else as_samples(data, workers, model, most)
+    if isinstance(data, str):
+        samples = load_data(data, applicable(preprocessing, data), workers, model, most)
+    else:
+        samples = as_samples(data, workers, model, most)
     return samples if metric is None else samples.for_metric()
 
 

@@ -4,6 +4,7 @@ import importlib
 import re
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -15,9 +16,10 @@ from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch, naming
 from anybit.files.strict import in_words
 from anybit.networks.layers import unwrapped
 from anybit.networks.plain import plain_weights
+from anybit.progress import tell
 from anybit.sources.callables import call_user_function, import_optional, load_callable
 from anybit.sources.libraries import LIBRARIES, library_model
-from anybit.sources.preprocessing import Preprocessing
+from anybit.sources.preprocessing import ARRAYS, Preprocessing, kind_of
 from anybit.sources.published import check_published
 from anybit.sources.references import RANDOM, check_file, check_model
 
@@ -79,11 +81,22 @@ def is_transformers(model: Any) -> "TypeGuard[PreTrainedModel]":
     return package is not None and isinstance(model, package.PreTrainedModel)
 
 
-def with_model_defaults(preprocessing: Preprocessing, model: nn.Module) -> Preprocessing:
-    """Return the preprocessing or, if none was given, the image preprocessing in a Hugging Face model's own files."""
-    if preprocessing != Preprocessing(classes=preprocessing.classes) or not is_transformers(model):
+def with_model_defaults(preprocessing: Preprocessing, model: nn.Module, data: Sequence[Any]) -> Preprocessing:
+    """Return the preprocessing or, if none was given, the image preprocessing in a Hugging Face model's own files, which arrays among the
+    data may have had already. Raises InvalidSetting if it has a stride of windows in which this model's head answers no questions."""
+    if not is_transformers(model):
         return preprocessing
-    return Preprocessing(**huggingface("models", "the model").image_settings(model), classes=preprocessing.classes)
+    if preprocessing.stride is not None and huggingface("heads", "the model").reader_of(model).task != "question-answering":
+        raise InvalidSetting("--stride is for question answering, and this model has another head. Leave it out.")
+    if preprocessing != Preprocessing(classes=preprocessing.classes):
+        return preprocessing
+    settings = huggingface("models", "the model").image_settings(model)
+    arrays = [one for one in data if kind_of(one) == ARRAYS]
+    if settings and arrays:
+        own = f"the preprocessing in the model's own files ({', '.join(settings)})"
+        tell("note", note=f"{arrays[0]} is used without {own}. --mean and --std normalize it")
+        return preprocessing
+    return Preprocessing(**settings, classes=preprocessing.classes)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

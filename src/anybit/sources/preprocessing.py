@@ -1,12 +1,14 @@
 """Preprocessing of images and texts. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from anybit.data.options import parse_columns
+from anybit.data.options import TEXT_SUFFIXES, parse_columns, suffix_of
 from anybit.errors import InvalidSetting
 from anybit.settings import NUMBERS, Settings, Text, documented, option
+from anybit.sources.references import is_of_arrays, split_subset
 
 LONGEST_SIDE = 2**14
 """Limit for resized images: beyond it, one image takes gigabytes."""
@@ -61,6 +63,51 @@ class Preprocessing(Settings):
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in super().to_json().items() if value is not None}
+
+
+IMAGES, ARRAYS, TEXTS, CODE = "a folder of images", "a file of arrays", "a file of texts", "Python code"
+APPLY_TO = {
+    **dict.fromkeys(("mean", "std"), (IMAGES, ARRAYS)),
+    **dict.fromkeys(("size", "resize", "interpolation", "classes"), (IMAGES,)),
+    **dict.fromkeys(("columns", "length", "stride"), (TEXTS,)),
+}
+"""Option -> the kinds of data that it preprocesses."""
+
+
+def kind_of(data: Any) -> str:
+    """Return what data, or a reference to it, is: in memory, Python code has made it."""
+    if not isinstance(data, str):
+        return CODE
+    path, _ = split_subset(data)
+    if Path(path).is_dir():
+        return IMAGES
+    if is_of_arrays(path):
+        return ARRAYS
+    return TEXTS if data.startswith("hf:") or (suffix_of(path) in TEXT_SUFFIXES and Path(path).is_file()) else CODE
+
+
+def check_applies(given: Preprocessing, data: Sequence[Any], recorded: Preprocessing = Preprocessing()) -> None:
+    """Raise InvalidSetting if an option that the user gave cannot apply to the data, such as the training and the test data; beside others,
+    data that Python code makes are used as they are. `recorded` is what a run adds to the options."""
+    kinds = {kind_of(one): one if isinstance(one, str) else "the data in memory" for one in data if one is not None}
+    for name, value in vars(given).items():
+        if value == getattr(Preprocessing(), name):
+            continue
+        applies = APPLY_TO[name]
+        wrong = [kind for kind in kinds if kind not in applies and not (kind == CODE and kinds.keys() & set(applies))]
+        if wrong or not kinds:
+            where = "there is no --data" if not wrong else f"{kinds[wrong[0]]} is {wrong[0]}"
+            where = "the data are in memory" if wrong and kinds[wrong[0]] == "the data in memory" else where
+            raise InvalidSetting(f"--{name} applies to {' or '.join(applies)}, and {where}. Leave it out.")
+    merged = overridden(recorded, given)
+    if given.interpolation != Preprocessing().interpolation and not (merged.size or merged.resize):
+        raise InvalidSetting(f"--interpolation={given.interpolation} has no effect without --size or --resize. Give one, or leave it out.")
+
+
+def applicable(preprocessing: Preprocessing, data: Any) -> Preprocessing:
+    """Return the options that apply to the data: those of a run or a model may be for others."""
+    kind = kind_of(data)
+    return replace(preprocessing, **{name: getattr(Preprocessing(), name) for name, kinds in APPLY_TO.items() if kind not in kinds})
 
 
 def overridden(recorded: Preprocessing, overrides: Preprocessing) -> Preprocessing:
