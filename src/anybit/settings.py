@@ -181,8 +181,9 @@ class Option:
         kind = typing.get_origin(without_none(self.kind))
         if kind is Mapping:
             items = value if isinstance(value, (Mapping, list, tuple)) else [value]
-            names = [one for one in items if isinstance(one, str) and one]
-            return [dict.fromkeys(names or ["*"], "W8A8"), dict.fromkeys(names or ["0"], 1.0), {2: 0.1}]
+            of = typing.get_args(without_none(self.kind))[0]
+            names = [one for one in items if isinstance(one, of) and (one in range(2, 9) if of is int else one)]  # numbers are bit-widths
+            return [dict.fromkeys(names or ["*"], "W8A8"), dict.fromkeys(names or ([2] if of is int else ["0"]), 1.0)]
         if without_none(self.kind) is bool:
             return [SWITCHED[form] for form in [str(value).lower()] if form in SWITCHED]
         if (whole := _whole(value)) is not None:
@@ -235,7 +236,8 @@ class Option:
         if value is None and types.NoneType in kinds:
             return None
         others = [kind for kind in kinds if kind is not types.NoneType]
-        reads = next((kind for kind in others if isinstance(value, str) and hasattr(kind, "parse")), None)
+        is_text = isinstance(value, str) and Path not in others  # text beside a path is one
+        reads = next((kind for kind in others if is_text and hasattr(kind, "parse")), None)
         if len(others) > 1 and reads is None and any(isinstance(value, kind) for kind in others if not _is_empty(value)):
             return value
         return self._typed(reads or others[0], value)

@@ -199,3 +199,23 @@ def test_command_names_the_reference_and_writes_nothing(name, words, verb, here)
     )
     assert done.exit_code == 2 and done.stderr.count("\n") == 1 and all(word in done.stderr for word in words), done.stderr
     assert not Path("run/scheme.json").exists()
+
+
+def test_a_generator_that_may_give_samples_or_batches_is_a_question_whose_remedy_works():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 3))
+
+    def batches():
+        return (torch.full((8, 8), float(number)) for number in range(4))
+
+    with pytest.raises(InvalidInput, match=r"DataLoader\(list\(data\), batch_size=None\)"):
+        as_samples(batches(), 0, model)
+    assert len(as_samples(DataLoader(list(batches()), batch_size=None), 0, model)) == 32
+
+
+@pytest.mark.parametrize("labels", [[[1], [1, 2]], [[1, 2], "text"]])
+def test_lists_of_several_lengths_are_no_numbers_and_no_traceback(labels):
+    x = torch.randn(8, 4)
+    items = [(row, labels) for row in x]
+    assert not as_samples(items, 0, torch.nn.Linear(4, 2)).labelled
+    with pytest.raises(InvalidInput):
+        next(as_samples((x, labels * 4), 0, torch.nn.Sequential(torch.nn.Linear(4, 2))).batches(8))

@@ -310,6 +310,19 @@ def test_changed_metric_code_is_measured_again(tmp_path, monkeypatch):
         )
 
 
+def test_a_metric_is_measured_again_if_a_file_that_its_code_names_has_changed(tmp_path):
+    model, data, file = make(Residual), (images(40), torch.zeros(40, dtype=torch.int64)), tmp_path / "weight.txt"
+    settings = {**SETTINGS, "pipeline": "light", "cache": tmp_path / "kept"}
+
+    def metric(outputs, labels):
+        return float(file.read_text())
+
+    for value in (1.0, 2.0):
+        file.write_text(str(value))
+        result = anybit.calibrate(model, data, "4bit", metric=metric, **settings)
+        assert {row["metric"] for row in result.report["schemes"]} == {value}
+
+
 # The command line
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from anybit.calls import public
-from anybit.data.batches import Batch, call, check_finite, map_tensors, read_output
+from anybit.data.batches import Batch, call, check_finite, in_evaluation_mode, map_tensors, read_output
 from anybit.data.samples import Samples
 from anybit.data.tasks import Metric, check_metric_on, compare_exported, keeping_task, outputs_of
 from anybit.environment import environment
@@ -278,7 +278,7 @@ def profile(
     adjusted = with_model_defaults(preprocessing, network, [data])
     samples = load_data(data, adjusted, workers, network) if isinstance(data, str) else as_samples(data, workers, network)
     batch = _first(samples, PROBE, network)
-    ready = observe_network(network.eval(), batch, LayerOptions((8,), (8, None), parsed_keep(keep or {})))
+    ready = observe_network(in_evaluation_mode(network), batch, LayerOptions((8,), (8, None), parsed_keep(keep or {})))
     recorded = None if overwrite else load_table(ready)
     if recorded is None:
         with _graphs(cache) as graph_cache:

@@ -35,4 +35,9 @@ class TrainSettings(Settings):
 
     def needs(self) -> list[Need]:
         shifts = any(name == "crop" for name, _ in parse_augmentations(self.augment))
-        return [Need(("border",), shifts, "without shifted images", "--augment=crop4")]
+        parts = parse_augmentations(self.augment)
+        change = ("crop", 0) not in parts and len({name for name, _ in parts}) == len(parts)
+        return [
+            Need(("augment",), change, "as a whole: a shift of 0 changes nothing, and each kind counts once", "--augment=flip,crop4"),
+            Need(("border",), shifts, "without shifted images", "--augment=crop4"),
+        ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, evaluating, predict, read_output
+from anybit.data.batches import Batch, evaluating, in_evaluation_mode, predict, read_output
 from anybit.data.outputs import OutputReader
 from anybit.errors import SchemeMismatch, UnsupportedModel
 from anybit.networks import batchnorm
@@ -224,4 +224,4 @@ def rounded_to_nearest(network: ObservedNetwork, batches: Sequence[Batch], schem
             candidates.weights[name, bits] = weight_candidate(layers[name], bits, "minmax")
         if bits := precision.activation_bits:
             candidates.activations[name, bits] = activation_candidate(samples[name], bits, "minmax")
-    return apply_scheme(network.prepared, scheme, candidates).eval()
+    return in_evaluation_mode(apply_scheme(network.prepared, scheme, candidates))

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch
+from anybit.data.batches import Batch, in_evaluation_mode
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.files.cache import Cache
 from anybit.files.strict import in_words, json_text, parse_json, validated
@@ -95,8 +95,8 @@ def exported(
     measured     ranges of rounded edges that the run lacks, as an earlier export measured them
     cache        stores PyTorch's exported graph for this network, whatever its weights
     """
-    model = canonical.model.cpu().eval()
-    plain, layers = emptied(model).eval(), quantized_layers(model)
+    model = in_evaluation_mode(canonical.model.cpu())
+    plain, layers = in_evaluation_mode(emptied(model)), quantized_layers(model)
     probe = probe_of(example, PROBE)
     rounded = [name for name, layer in layers.items() if layer.weight_quantizer is not None or layer.input_quantizer is not None]
     floating, values = float_graph(plain, example, probe, layers, rounded, cache)

@@ -11,7 +11,7 @@ from torch import nn
 from anybit.allocation.choice import Choice, Judge, check_feasible, drop_in_words
 from anybit.budget import DROP, LATENCY, Budget, budget_check, cost_quantities, listed, parse_budgets
 from anybit.calls import checking, public
-from anybit.data.batches import Batch, check_finite, check_finite_outputs, naming_sample
+from anybit.data.batches import Batch, check_finite, check_finite_outputs, in_evaluation_mode, naming_sample
 from anybit.data.samples import Calibration, Samples, draw, mirrored, split
 from anybit.data.tasks import (
     LabelledOutputs,
@@ -139,7 +139,7 @@ def calibrate(
     samples = draw(samples, options.samples, options.seed).on(device)
     if test is None:
         check_metric_has_labels(metric, samples)
-    network = on_device(model, device, samples).eval()
+    network = in_evaluation_mode(on_device(model, device, samples))
     samples = compared(network, samples, options.outputs, options.task)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model, metric=metric).on(device), network)
     tests = read_alike(tests, samples, network, options.task)
@@ -275,7 +275,7 @@ def finish(
             model = network.apply(choice.scheme, state.candidates)
             edges = as_ranges(state.candidates.edges, network.wiring)
     restore(model, network.moving)
-    canonical = Canonical(model.eval(), network.norms, edges)
+    canonical = Canonical(in_evaluation_mode(model), network.norms, edges)
     report = _report(state, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
     report |= described_inputs(provenance, network, state.notes) | _float_held_out(state.judge)
     if isinstance(apart := state.judge.task.distance, WeightedErrors):

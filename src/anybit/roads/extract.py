@@ -13,7 +13,7 @@ from anybit.allocation.choice import Judge
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import LATENCY, Budget, budget_check, check_is_counted
 from anybit.calls import checking, public
-from anybit.data.batches import Batch, check_finite
+from anybit.data.batches import Batch, check_finite, in_evaluation_mode
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, keeping_task, outputs_of, outputs_of_each, task_of
 from anybit.data.tasks import evaluate as evaluate_model
@@ -102,7 +102,7 @@ def polished(
     state = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
     done = polish_scheme(state, scheme)
     supernet.method.switch(scheme)  # as before the float network was created
-    return Canonical(done.model.eval(), network.norms, done.edges), done.ladder[1:]
+    return Canonical(in_evaluation_mode(done.model), network.norms, done.edges), done.ladder[1:]
 
 
 @public

@@ -13,7 +13,7 @@ from torch import nn
 from anybit.allocation.choice import check_feasible
 from anybit.budget import Budget, budget_check, check_counts_weights
 from anybit.calls import checking, public
-from anybit.data.batches import Batch, check_finite, tensors_in
+from anybit.data.batches import Batch, check_finite, in_evaluation_mode, tensors_in
 from anybit.data.samples import Samples, draw
 from anybit.data.tasks import Metric, Task, labelled_outputs, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
@@ -139,7 +139,7 @@ def frozen(trainee: Trainee, network: ObservedNetwork, batches: Sequence[Batch])
     trainee.freeze(model)
     batchnorm.reestimate(model, batches)
     model, _ = batchnorm.fold(model, network.norms)
-    return Canonical(model.eval().requires_grad_(True), network.norms)
+    return Canonical(in_evaluation_mode(model).requires_grad_(True), network.norms)
 
 
 def soft_and_frozen(

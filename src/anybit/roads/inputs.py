@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, join
+from anybit.data.batches import Batch, in_evaluation_mode, join
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, check_metric
 from anybit.errors import InvalidInput, InvalidSetting, naming
@@ -187,7 +187,7 @@ def training_inputs(
     model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, task)
     device = join_processes(device)
     samples = samples_from(data, workers, preprocessing, model).on(device)
-    float_model = on_device(model, device, samples).eval()
+    float_model = in_evaluation_mode(on_device(model, device, samples))
     samples = compared(float_model, samples, outputs, task)
     tests = None
     if test is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from anybit.calls import public
-from anybit.data.batches import Batch, check_finite
+from anybit.data.batches import Batch, check_finite, in_evaluation_mode
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.exports.trial import try_export
 from anybit.networks.copies import checked_copy
@@ -83,7 +83,7 @@ def _observable(model: nn.Module, data: Any, outputs: Mapping[str, float]) -> tu
     samples = samples_from(data, 0, model=model)
     if len(samples) == 0:
         raise InvalidInput("The data set is empty. Give at least one input, or leave out --data.")
-    network = checked_copy(model, first_samples(samples)).eval()
+    network = in_evaluation_mode(checked_copy(model, first_samples(samples)))
     check_finite([first_samples(samples)])
     return network, first_samples(compared(network, samples, outputs))
 
