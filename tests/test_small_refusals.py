@@ -352,3 +352,31 @@ def test_a_batch_of_more_inputs_than_there_are_is_refused(exported_run):
     run, file, model, data = exported_run
     with pytest.raises(InvalidSetting, match=r"batch_size=1000000000 is more than the data's 40 inputs\. Give at most batch_size=40\."):
         anybit.bench(run, file, model=model, data=data, batch_size=10**9)
+
+
+def test_uint8_arrays_with_channels_second_are_refused_with_a_remedy_that_works():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 6 * 6, 4)).eval()  # it accepts any order of the numbers
+    pixels = torch.randint(0, 256, (24, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    labels = network(torch.tensor(pixels) / 255).argmax(1)
+    with pytest.raises(InvalidInput, match=r"\[24, 3, 6, 6\], as if channels came second.*transpose\(0, 2, 3, 1\)"):
+        anybit.evaluate(network, (pixels, labels))
+    for given in (pixels.transpose(0, 2, 3, 1), torch.tensor(pixels) / 255):
+        assert anybit.evaluate(network, (given, labels))["top1"] == 100
+
+
+@pytest.mark.parametrize("setting", [{"mean": (123.675, 116.28, 103.53)}, {"mean": (0.485,), "std": (58.395,)}])
+def test_means_and_deviations_of_pixels_up_to_255_are_refused(setting):
+    with pytest.raises(InvalidSetting, match=r"123\.675|58\.395"):
+        anybit.Preprocessing(**setting)
+
+
+@pytest.mark.parametrize(("text", "meant"), [("1,000kB", "1000kB"), ("3,5bit", "3.5bit"), ("1,024B", "1024B")])
+def test_a_comma_in_a_budget_is_read_as_it_was_probably_meant(text, meant):
+    with pytest.raises(InvalidSetting, match=rf"Did you mean {re.escape(meant)}\?"):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize("device", ["gpu", "GPU:0", "Cuda"])
+def test_a_device_called_otherwise_by_others_is_suggested_by_its_name(device):
+    with pytest.raises(InvalidSetting, match=r"Did you mean cuda\?"):
+        anybit.calibrate(make(Chain), torch.randn(8, 3, 12, 12), "4bit", device=device)

@@ -407,7 +407,8 @@ def _check_decimal_point(text: str, accepted: "Sequence[Quantity]") -> None:
     if _are_valid(pointed, accepted) and not _are_valid(text, accepted):
         parts = [(one, part.strip()) for part in pointed.split(",") for one in accepted]
         sensible = all(_is_sensible(one, part) for one, part in parts if one.parse(part) is not None)
-        meant = f" Did you mean {pointed}?" if sensible else ""
+        whole = re.sub(r"([0-9]),([0-9]{3})(?![0-9])", r"\1\2", text)  # 1,000kB
+        meant = f" Did you mean {whole}?" if _are_valid(whole, accepted) else f" Did you mean {pointed}?" if sensible else ""
         raise InvalidSetting(f"Budget {text!r} cannot be read.{meant} Write {_examples(accepted)}; join conditions with a comma.")
 
 

@@ -232,6 +232,10 @@ def _lengths(dataset: Any) -> Sequence[int] | None:
     return getattr(dataset, "lengths", None)
 
 
+CHANNELS = (1, 3, 4)
+"""Numbers of channels of grey and colour images, without and with transparency."""
+
+
 class ArrayDataset(Dataset):
     """Images uint8 [N, H, W, C] (or [N, H, W], one channel), or any other array [N, ...], with labels [N] or None.
 
@@ -242,6 +246,11 @@ class ArrayDataset(Dataset):
     def __init__(self, x, y=None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
         self.x, self.y = x, y
         self.is_image = x.dtype.name == "uint8" and x.ndim in (3, 4)
+        if self.is_image and x.ndim == 4 and x.shape[3] not in CHANNELS and x.shape[1] in CHANNELS:
+            raise InvalidInput(
+                f"Arrays uint8 are images [N, H, W, channels], but these are {list(x.shape)}, as if channels came second. Write "
+                "x.transpose(0, 2, 3, 1) of the array, or give floats, which are used unchanged."
+            )
         self.mean = None if mean is None else torch.tensor(mean)[:, None, None]
         self.std = None if std is None else torch.tensor(std)[:, None, None]
         channels = x.shape[3 if self.is_image else 1] if x.ndim == 4 else 1

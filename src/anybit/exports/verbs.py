@@ -24,7 +24,20 @@ from anybit.files.cache import LIMIT, Cache, open_cache, trim_cache
 from anybit.networks.canonical import Canonical
 from anybit.networks.observed import observe_network
 from anybit.networks.options import LayerOptions
-from anybit.onnx.file import FUNCTIONS, LINEARS, PROBE, Exported, exported, ideal_bytes, load, measured_in, outputs, save, session
+from anybit.onnx.file import (
+    FUNCTIONS,
+    LINEARS,
+    PROBE,
+    Exported,
+    check_shapes,
+    exported,
+    ideal_bytes,
+    load,
+    measured_in,
+    outputs,
+    save,
+    session,
+)
 from anybit.onnx.floats import input_tensors, probe_of
 from anybit.onnx.latency import load_table, measure_latency
 from anybit.onnx.latency import save_table as keep_table
@@ -84,6 +97,7 @@ def export(
         "integer_layers": len(graphs.plan.integer),
         "edges": len(set(graphs.plan.edges.values())),
         "measured_edges": list(measured_in(graphs.integer)),
+        "text_length": graphs.length,
     }
     tell("result", **report)
     return report
@@ -163,6 +177,7 @@ def verify(
     inputs = first_of(inputs, samples)
     batches = list(inputs.batches(CHECKED))
     check_finite(batches)
+    check_shapes(integer, batches)
     check_metric_on(canonical.model, batches, metric)
     plan([("graph", 3.0), ("kernels and codes", 3.0), ("runtime", 1.0), ("simulation", 1.0)], measured=False)
     enter("graph")
@@ -230,6 +245,7 @@ def bench(
         graphs = exported(canonical, _first(inputs, EXAMPLES, canonical.model), cache=graph_cache)
     integer = graphs.integer if onnx is None else load(Path(onnx))
     first = _first(inputs, max(batch_size, PROBE), canonical.model)
+    check_shapes(integer, [first])
     report = measured(graphs.floating, integer, probe_of(first, batch_size), rounds, threads) | {"ideal_bytes": ideal_bytes(canonical)}
     tell("result", **{key: value for key, value in report.items() if key != "environment"})
     return report

@@ -328,6 +328,7 @@ def _product(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
 def _global_average(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
     (x,) = inputs
     if not isinstance(x, Codes):
+        x = _plain(x)
         return x.mean(tuple(range(2, x.dim())), keepdim=True)
     axes, count = tuple(range(2, x.codes.dim())), float(f32(x.codes[0, 0].numel()))
     total = x.offsets().sum(axes, keepdim=True)
