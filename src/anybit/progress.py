@@ -183,7 +183,7 @@ def enter(stage: str) -> None:
         meter.enter(stage)
 
 
-def inside(done: int, total: int) -> None:
+def inside(done: float, total: int) -> None:
     """Report the progress of the current item."""
     if meter := _meter.get():
         meter.inside(done / total)

@@ -239,6 +239,7 @@ def grow(
             place,
             identity,
             None if tests is None else lambda: soft_and_frozen(trainee, network, few, watched, task, metric),
+            passes=0 if tests is None else 2 * sum(map(len, [*few, *watched])),
         )
     with clock.stage("freeze"):
         canonical = frozen(trainee, network, few)

@@ -115,6 +115,7 @@ def train(
             place,
             identity,
             None if tests is None else lambda: {"widths": width_scores(supernet, bn, watched, metric)},
+            passes=0 if tests is None else len(options.bits) * sum(map(len, [*(bn or []), *watched])),
         )
     if tests is not None:
         report["float_store"] = width_scores(supernet, bn, list(tests.batches(256)), metric)
