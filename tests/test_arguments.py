@@ -12,6 +12,7 @@ import torch
 from networks import Chain, images, make
 
 import anybit
+from anybit.budget import Budget, Condition
 from anybit.calls import DATA, OBJECTS
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.reports.page import Page
@@ -117,6 +118,42 @@ def test_refusal_shows_the_corrected_call(call, words):
     with pytest.raises((InvalidSetting, InvalidInput)) as refused:
         call()
     assert words in str(refused.value), refused.value
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: anybit.search(anybit.Scheme(), PAIR), "is not a supernet. Give what anybit.train returns"),
+        (lambda: anybit.Budget.parse(Budget("x", (Condition("bits", math.nan),))), "Condition(quantity='bits', limit=nan)"),
+        (lambda: anybit.Budget.parse(Budget("x", (Condition("size", 3),))), "Write the budget as text"),
+        (lambda: anybit.Budget.parse("9" * 5000 + "bit"), "must be above zero and finite"),
+        (lambda: anybit.Scheme.uniform("fc", "W4A8"), "'fc' is not a list of layers"),
+        (lambda: anybit.Scheme.uniform(4, "W4A8"), "4 is not a list of layers"),  # type: ignore[arg-type]
+        (lambda: anybit.Samples(PAIR, "no"), "labelled 'no' must be True or False"),  # type: ignore[arg-type]
+        (lambda: anybit.Samples(PAIR, True, workers="2"), "workers '2' must be a whole number"),  # type: ignore[arg-type]
+        (lambda: anybit.show_progress(5), "show_progress: too many positional arguments"),  # type: ignore[call-arg]
+        (lambda: anybit.calibrate(make(Chain), torch.Tensor), "is not data. Call it and give its result"),
+        (lambda: anybit.grow(make(Chain), PAIR, "4bit", augment="flip,flip"), "augment='flip,flip' has no effect as a whole"),
+        (lambda: anybit.grow(make(Chain), PAIR, "4bit", augment="crop0"), "augment='crop0' has no effect as a whole"),
+    ],
+)  # fmt: skip
+def test_values_made_by_hand_are_refused_with_a_remedy(call, words):
+    with pytest.raises((InvalidSetting, InvalidInput)) as refused:
+        call()
+    assert words in str(refused.value) and len(str(refused.value)) < 400, refused.value
+
+
+@pytest.mark.parametrize("place", [str, Path])
+def test_a_scheme_may_be_a_path_as_text(place, tmp_path):
+    """Text was read as a scheme, not as its place."""
+    (tmp_path / "scheme.json").write_text("{}")
+    for call in (
+        lambda: anybit.grow(make(Chain), PAIR, scheme=place(tmp_path)),
+        lambda: anybit.extract("s", "4bit", scheme=place(tmp_path)),
+    ):
+        with pytest.raises(anybit.AnybitError) as refused:
+            call()
+        assert "is not a scheme" not in str(refused.value), refused.value
 
 
 def test_numbers_and_switches_of_other_libraries_are_read():

@@ -67,6 +67,41 @@ def test_the_time_left_is_the_truth_where_stages_are_in_proportion(seconds, fact
             assert 0.5 < moment.left / (end - when) < 2
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0.01, 10), st.floats(0, 50), st.integers(2, 40), st.integers(1, 30))
+def test_the_time_left_of_a_training_does_not_count_its_start(second, start, epochs, steps):
+    """One of 4 s was said to take over an hour: proportions were read as seconds, and the start-up as the pace."""
+    heard, clock = [], Clock()
+    meter = Meter(lambda moment: heard.append((clock.now, moment)), clock)
+    meter.plan([("observe", 5.0), ("training", 1000.0 * epochs), ("freeze", 50.0)], measured=None)
+    meter.enter("observe")
+    clock.now += start
+    meter.enter("training")
+    for epoch in range(epochs):
+        meter.count(epoch, epochs, f"epoch {epoch}")
+        for step in range(steps):
+            meter.inside(step / steps)
+            clock.now += second + start * (step == epoch == 0)
+    meter.count(epochs, epochs)
+    meter.enter("freeze")
+    clock.now += second * steps / 20
+    end, work = clock.now, epochs * steps
+    ground = [(when, moment) for when, moment in heard if moment.stage == "training" and moment.left is not None]
+    for when, moment in ground:
+        assert 0.5 < (moment.left + 1e-9) / (end - when + 1e-9) < 2
+    assert all(moment.left is None for _, moment in heard if moment.whole < 0.09)
+    assert len(ground) >= 0.85 * work - 3
+
+
+@pytest.mark.parametrize("verb", ["grow", "train"])
+def test_no_time_left_is_said_before_the_training_has_a_pace(verb):
+    data = (images(24), make(Residual)(images(24)).argmax(1))
+    target = {"budget": "4bit"} if verb == "grow" else {"bits": (4, 8)}
+    heard = heard_of(lambda: getattr(anybit, verb)(make(Residual), data, epochs=4, batch_size=8, **target))
+    assert all(moment.left is None for moment in heard if moment.whole < 0.05)
+    assert any(moment.left is not None for moment in heard) and all(moment.left < 60 for moment in heard if moment.left is not None)
+
+
 def heard_of(work):
     heard = []
     with listening(heard.append):

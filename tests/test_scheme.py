@@ -1,6 +1,7 @@
 """Precision, Scheme and Budget: text and value round-trip, and invalid ones are rejected with a remedy."""
 
 import copy
+import fnmatch
 import json
 import re
 
@@ -144,7 +145,16 @@ def test_patterns_match_whole_names_in_the_order_of_the_model():
 
 def test_later_pattern_takes_precedence():
     assert match_patterns({"*": W8, "stem": FLOAT}, LAYERS)["stem"] == FLOAT
-    assert match_patterns({"stem": FLOAT, "*": W8}, LAYERS)["stem"] == W8
+    overlapping = match_patterns({"layer*": FLOAT, "*.conv1": W8}, LAYERS)
+    assert overlapping["layer1.conv1"] == W8 and FLOAT in overlapping.values()
+
+
+@pytest.mark.parametrize("patterns", [{"stem": FLOAT, "*": W8}, {"layer1*": FLOAT, "fc": W8, "l*": FLOAT}])
+def test_rejects_pattern_whose_every_layer_a_later_one_matches(patterns):
+    first, *_, last = patterns
+    with pytest.raises(InvalidSetting, match=rf"{re.escape(first)}=float' has no effect, since --keep='{re.escape(last)}="):
+        match_patterns(patterns, LAYERS)
+    assert match_patterns({name: patterns[name] for name in reversed(patterns)}, LAYERS)[next(iter(fnmatch.filter(LAYERS, first)))] == FLOAT
 
 
 @pytest.mark.parametrize("pattern", ["conv1", "layer1", "f", "FC", "layer1.conv"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import anybit_cli
+from networks import Chain, make
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -331,3 +332,51 @@ def test_a_budget_and_the_least_possible_are_in_one_unit(budget):
     assert len(units) == 1 and advised == needed
     assert Budget.parse(limit).conditions[0].limit == pytest.approx(Budget.parse(budget).conditions[0].limit, rel=1e-9)
     assert Budget.parse(advised).conditions[0].limit > Budget.parse(limit).conditions[0].limit
+
+
+def test_a_weight_file_that_has_changed_since_a_run_is_named(here):
+    quick = ["--pipeline", "light", "--solver", "none", "--weight-bits", "4,8", "--activation-bits", "8", "--samples", "12", "--no-cache"]
+    torch.save(make(Chain).state_dict(), "w.pt")
+    done = anybit_cli(*CALIBRATING, "--weights", "w.pt", "--budget", "6bit", *quick)
+    assert done.exit_code == 0, done.stderr
+    for change, words in ((1e-4, "The weights are not those"), (1.0, "The model is not the one")):
+        state = make(Chain).state_dict()
+        state["conv1.weight"][0, 0, 0, 0] += change
+        torch.save(state, "w.pt")
+        done = anybit_cli("allocate", "run", "--budget", "5bit", "--output", "other")
+        assert done.exit_code == 2 and words in done.stderr
+        assert f"has its weights from --weights={Path.cwd() / 'w.pt'}: restore that file" in done.stderr
+
+
+def test_a_batch_of_more_inputs_than_there_are_is_refused(exported_run):
+    run, file, model, data = exported_run
+    with pytest.raises(InvalidSetting, match=r"batch_size=1000000000 is more than the data's 40 inputs\. Give at most batch_size=40\."):
+        anybit.bench(run, file, model=model, data=data, batch_size=10**9)
+
+
+def test_uint8_arrays_with_channels_second_are_refused_with_a_remedy_that_works():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 6 * 6, 4)).eval()  # it accepts any order of the numbers
+    pixels = torch.randint(0, 256, (24, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    labels = network(torch.tensor(pixels) / 255).argmax(1)
+    with pytest.raises(InvalidInput, match=r"\[24, 3, 6, 6\], as if channels came second.*transpose\(0, 2, 3, 1\)"):
+        anybit.evaluate(network, (pixels, labels))
+    for given in (pixels.transpose(0, 2, 3, 1), torch.tensor(pixels) / 255):
+        assert anybit.evaluate(network, (given, labels))["top1"] == 100
+
+
+@pytest.mark.parametrize("setting", [{"mean": (123.675, 116.28, 103.53)}, {"mean": (0.485,), "std": (58.395,)}])
+def test_means_and_deviations_of_pixels_up_to_255_are_refused(setting):
+    with pytest.raises(InvalidSetting, match=r"123\.675|58\.395"):
+        anybit.Preprocessing(**setting)
+
+
+@pytest.mark.parametrize(("text", "meant"), [("1,000kB", "1000kB"), ("3,5bit", "3.5bit"), ("1,024B", "1024B")])
+def test_a_comma_in_a_budget_is_read_as_it_was_probably_meant(text, meant):
+    with pytest.raises(InvalidSetting, match=rf"Did you mean {re.escape(meant)}\?"):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize("device", ["gpu", "GPU:0", "Cuda"])
+def test_a_device_called_otherwise_by_others_is_suggested_by_its_name(device):
+    with pytest.raises(InvalidSetting, match=r"Did you mean cuda\?"):
+        anybit.calibrate(make(Chain), torch.randn(8, 3, 12, 12), "4bit", device=device)

@@ -21,6 +21,7 @@ from anybit.roads.grow import observe_trainable
 from anybit.roads.search import check_fits
 from anybit.roads.settings import CalibrateSettings, GrowSettings
 from anybit.scheme import Precision
+from anybit.supernets.settings import SupernetSettings
 
 SUGGESTED = re.compile(
     r'(?:Did you mean |Write "|raise the budget to |[Rr]aise the budget to |Lower the budget to |as in |at most )([^\s"?;]+)'
@@ -70,6 +71,16 @@ def test_a_suggested_value_of_an_option_is_accepted(kind, one):
         except InvalidSetting as refused:
             for written in re.findall(rf" Write ({one.name}=.*)\.$", str(refused)):
                 one.checked(eval(written.partition("=")[2], {"Precision": Precision}))
+
+
+@pytest.mark.parametrize(
+    ("given", "written"), [({2: 0.0}, "{2: 1.0}"), (0.1, "{2: 1.0}"), ([4], "{4: 1.0}"), ({4: "x", 2: 1}, "{4: 1.0, 2: 1.0}")], ids=str
+)
+def test_suggested_factors_are_of_the_given_bit_widths(given, written):
+    with pytest.raises(InvalidSetting) as refused:
+        SupernetSettings.of(step_rates=given)
+    assert str(refused.value).endswith(f" Write step_rates={written}.")
+    SupernetSettings.of(step_rates=eval(written))
 
 
 BUDGETS = [

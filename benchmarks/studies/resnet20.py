@@ -6,6 +6,7 @@
     ladder      the gain of each step of calibrate at each of these precisions, one seed
     solver      with and without the closed-form solver: light, and 300 steps of AdaQuant; with processor times
     roundings   each rounding alone, 300 steps from ranges on 512 images, one seed; with processor times
+    sensitivities  measured or predicted sensitivity: 3 and 2.5 weight bits on average, A8, light, with and without the solver; two seeds
     mixed       4, 3 and 2.5 weight bits on average, all layers in the budget: A8, and searched activation bits; three seeds
     small-sets  W4A4 on 8 to 1,024 images, drawn three times: ranges only, AdaQuant layer-wise and block-wise
     scatter     predicted against measured loss at 3 bits: integer program, 20 random schemes within the budget, uniform
@@ -26,9 +27,9 @@ from anybit.allocation.choice import choose_scheme, measured_row
 from anybit.budget import Budget
 from anybit.data.samples import draw
 from anybit.environment import StageClock
-from anybit.methods.table import ROUNDINGS
+from anybit.methods.table import ROUNDINGS, SENSITIVITIES
 from anybit.networks.observed import ObservedNetwork
-from anybit.roads.calibrate import prepare_bench
+from anybit.roads.calibrate import prepare_state
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision, Scheme
 from benchmarks.studies.cifar10 import ResNet20, cifar10_parser
@@ -128,6 +129,19 @@ def roundings(study: Calibration) -> None:
             study.measured(f"W{w}A{a} {name}", lambda w=w, a=a, name=name: study.timed(**fixed(w, a), rounding=name, **settings))
 
 
+def sensitivities(study: Calibration) -> None:
+    settings = {"activation_bits": (8,), "pipeline": "light"}
+    for seed in range(2):
+        for chosen in ("none", "gptq"):
+            for name in SENSITIVITIES:
+                study.measured(
+                    f"solver {chosen} {name} seed {seed}",
+                    lambda chosen=chosen, name=name, seed=seed: {
+                        "rows": study.calibrated(["3bit", "2.5bit"], solver=chosen, sensitivity=name, seed=seed, **settings)
+                    },
+                )
+
+
 def mixed(study: Calibration) -> None:
     budgets = ["4bit", "3bit", "2.5bit"]
     searched = ["4bit,bops=650M", "3bit,bops=490M"]
@@ -178,11 +192,11 @@ def scatter(study: Calibration) -> None:
     def run() -> dict[str, Any]:
         settings = CalibrateSettings(activation_bits=(8,), alternatives=10)
         clock = StageClock()
-        bench = prepare_bench(study.network(), draw(study.train, 1024, 0), settings, [], clock)
-        choice = choose_scheme(bench.network, bench.table, Budget.parse("3bit"), settings.alternatives, bench.judge)
+        state = prepare_state(study.network(), draw(study.train, 1024, 0), settings, [], clock)
+        choice = choose_scheme(state.network, state.table, Budget.parse("3bit"), settings.alternatives, state.judge)
         rows = [{k: v for k, v in row.items() if k != "scheme"} for row in choice.measured]
-        for index, scheme in enumerate(random_schemes(bench.network, 3, 20)):
-            row = measured_row(bench.network, bench.table, f"random {index}", scheme, bench.judge)
+        for index, scheme in enumerate(random_schemes(state.network, 3, 20)):
+            row = measured_row(state.network, state.table, f"random {index}", scheme, state.judge)
             rows.append({k: v for k, v in row.items() if k != "scheme"})
         return {"rows": rows, "stages": clock.stages}
 
@@ -204,6 +218,7 @@ STUDIES = {
     "ladder": ladder,
     "solver": solver,
     "roundings": roundings,
+    "sensitivities": sensitivities,
     "mixed": mixed,
     "small-sets": small_sets,
     "scatter": scatter,

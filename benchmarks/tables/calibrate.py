@@ -84,6 +84,36 @@ def roundings_section() -> str:
     return table(heads, rows) if rows else NOT_RUN
 
 
+def sensitivities_section() -> str:
+    """Measured and predicted sensitivity: accuracy for each budget, and the ratio of the stage's times."""
+    runs = entries("resnet20_sensitivities")
+    rows = []
+    for solver in ("none", "gptq"):
+        measured = _seeds(runs, solver, "measured")
+        for name in ("measured", "hawq"):
+            seeds = _seeds(runs, solver, name)
+            if len(seeds) == len(measured) and seeds:
+                ratio = sum(map(_sensitivity_seconds, seeds)) / sum(map(_sensitivity_seconds, measured))
+                accuracies = [spread([one["rows"][at]["top1"] for one in seeds]) for at in range(2)]
+                losses = [f"{statistics.mean(_loss(one['rows'][at]) for one in seeds):.4f}" for at in range(2)]
+                rows.append([solver, name, accuracies[0], losses[0], accuracies[1], losses[1], f"{ratio:.1f}"])
+    heads = ["solver", "sensitivity", "3 bits: top-1", "held-out loss", "2.5 bits: top-1", "held-out loss", "time of the stage, ratio"]
+    return table(heads, rows) if rows else NOT_RUN
+
+
+def _seeds(runs: dict[str, Any], solver: str, name: str) -> list[dict[str, Any]]:
+    return [run for key, run in runs.items() if key.startswith(f"solver {solver} {name} ")]
+
+
+def _loss(row: dict[str, Any]) -> float:
+    """The held-out loss of the scheme that was chosen, before polishing."""
+    return next(step["loss"] for step in row["ladder"] if step["step"] == "candidates")
+
+
+def _sensitivity_seconds(run: dict[str, Any]) -> float:
+    return next(stage["seconds"] for stage in run["rows"][0]["stages"] if stage["stage"] == "sensitivity")
+
+
 def mixed_runs() -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Return (budget, activations) -> one run per seed."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -269,7 +299,7 @@ def stages_section() -> str:
 
 SECTIONS = {
     "UNIFORM": uniform_section, "LADDER": ladder_section, "SOLVER": solver_section,
-    "ROUNDINGS": roundings_section, "MIXED": mixed_section, "SMALL": small_section,
+    "ROUNDINGS": roundings_section, "SENSITIVITIES": sensitivities_section, "MIXED": mixed_section, "SMALL": small_section,
     "SCATTER": scatter_section,
     "SPEED": speed_section, "EFFICIENTNET": efficientnet_section, "ALLOCATION": allocation_section, "STAGES": stages_section,
 }  # fmt: skip

@@ -5,6 +5,7 @@ it for a scheme. All code that reads, meets, checks or reports a budget looks th
 """
 
 import difflib
+import math
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -277,9 +278,17 @@ class Budget:
     def parse(cls, text: "str | Budget", check: "Callable[[Budget], None]" = lambda budget: None) -> "Budget":
         """Read a budget that `check` accepts: "4bit", "120kB", "12.5%", "bops=2.1G", "4bit,bops=2G", ... Raises InvalidSetting if it cannot
         be read, or is not accepted; suggestions are accepted."""
-        budget = text if isinstance(text, Budget) else cls._read(text, _accepted(check))
+        budget = text._checked() if isinstance(text, Budget) else cls._read(text, _accepted(check))
         check(budget)
         return budget
+
+    def _checked(self) -> "Budget":
+        """Return this budget, made by hand. Raises InvalidSetting for a condition that no text writes."""
+        for one in self.conditions:
+            number = isinstance(one.limit, (int, float)) and not isinstance(one.limit, bool)
+            if one.quantity not in QUANTITIES or not number or not 0 < one.limit < math.inf:
+                raise InvalidSetting(f"Budget {self.text!r} has the condition {one}. Write the budget as text, such as '4bit'.")
+        return self
 
     @classmethod
     def _read(cls, text: str, accepted: "Sequence[Quantity]") -> "Budget":
@@ -356,8 +365,8 @@ def _parse_condition(part: str, accepted: "Sequence[Quantity]") -> Condition:
     for quantity in QUANTITIES.values():
         limit = quantity.parse(part)
         if limit is not None:
-            if limit <= 0:
-                raise InvalidSetting(f"Budget {part!r} must be above zero.")
+            if not 0 < limit < math.inf:
+                raise InvalidSetting(f"Budget {reprlib.repr(part)} must be above zero and finite.")
             if limit > quantity.largest and quantity in accepted:
                 raise InvalidSetting(f"Budget {part!r} must be at most {quantity.text(quantity.largest)}.")
             return Condition(quantity.name, limit)
@@ -398,7 +407,8 @@ def _check_decimal_point(text: str, accepted: "Sequence[Quantity]") -> None:
     if _are_valid(pointed, accepted) and not _are_valid(text, accepted):
         parts = [(one, part.strip()) for part in pointed.split(",") for one in accepted]
         sensible = all(_is_sensible(one, part) for one, part in parts if one.parse(part) is not None)
-        meant = f" Did you mean {pointed}?" if sensible else ""
+        whole = re.sub(r"([0-9]),([0-9]{3})(?![0-9])", r"\1\2", text)  # 1,000kB
+        meant = f" Did you mean {whole}?" if _are_valid(whole, accepted) else f" Did you mean {pointed}?" if sensible else ""
         raise InvalidSetting(f"Budget {text!r} cannot be read.{meant} Write {_examples(accepted)}; join conditions with a comma.")
 
 

@@ -43,6 +43,8 @@ ELSEWHERE = DATA | {"self", "budget", "metric"}
 OBJECTS = {
     "model": "is not a network. Give a torch.nn.Module, or a reference such as model='net.py:network'",
     "run": "is not a run. Give a run folder, such as run='runs/mine', or where a result is taken, the result itself",
+    "search.run": "is not a supernet. Give what anybit.train returns, or its folder, such as run='runs/supernet'",
+    "extract.run": "is not a supernet. Give what anybit.train returns, or a folder of it or of a search: search.save('runs/found')",
     "allocate.run": "is not a run folder: allocate reads a run folder. Save a result first: result.save('run')",
     "evaluate.model": "is neither a network nor a run. Give a torch.nn.Module, a result, a run folder, or model='net.py:network'",
     "run2": "is not a run. Give a run folder, such as run2='runs/mine'",
@@ -75,13 +77,13 @@ def public(function: Function) -> Function:
             plain = [name for name in options if name in bound and name not in OBJECTS]
             for name in plain:
                 bound[name] = _checked(options[name], bound[name], signature.parameters[name], function.__name__)
+            check_takes_two(bound.get("metric"))
             for name, check in checks.items():
                 check(bound.get(name))
             for name in [name for name in options if name in bound and name in OBJECTS]:
                 bound[name] = _checked(options[name], bound[name], signature.parameters[name], function.__name__)
             for name in DATA & bound.keys():
                 bound[name] = _data(name, bound[name], signature.parameters[name].default)
-            check_takes_two(bound.get("metric"))
             return function(*call.args, **call.kwargs)
 
     return called  # type: ignore[return-value]
@@ -122,12 +124,10 @@ def _checked(one: Option, value: Any, parameter: inspect.Parameter, function: st
 def _data(name: str, value: Any, default: Any) -> Any:
     """Return data, or the text of a reference. Raises InvalidInput for what can be neither."""
     lacking = default is not None if value is None else isinstance(value, str) and not value
-    if lacking or isinstance(value, (Number, bytes, bytearray)) or inspect.isroutine(value):
-        form = "Call it and give its result:" if inspect.isroutine(value) else "Give"
-        raise InvalidInput(
-            f"{name}={reprlib.repr(value)} is not data. {form} a data set, a DataLoader, arrays (x, y), or a reference such as "
-            f"{name}='data.npz'."
-        )
+    if lacking or isinstance(value, (Number, bytes, bytearray)) or inspect.isroutine(value) or isinstance(value, type):
+        form = "Call it and give its result:" if callable(value) else "Give"
+        given = f"{name}={reprlib.repr(value)}, of type {type(value).__name__}, is not data."
+        raise InvalidInput(f"{given} {form} a data set, a DataLoader, arrays (x, y), or a reference such as {name}='data.npz'.")
     return str(value) if isinstance(value, Path) else value
 
 

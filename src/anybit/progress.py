@@ -65,10 +65,14 @@ class Meter:
         self._since = clock()
         self._spent = self._expected = 0.0  # measured and expected seconds of finished stages
         self._item, self._done, self._total, self._inside, self._reused = "", 0, 0, 0.0, 0.0
-        self._whole, self._best, self._measured = 0.0, "", False
+        self._whole, self._best = 0.0, ""
+        self._measured: bool | None = False
+        self._ground: tuple[float, float] | None = None  # when the stage first reported progress, and how far it was
+        self._pace: float | None = None  # seconds per expected second, of an earlier stage
 
-    def plan(self, stages: Sequence[tuple[str, float]], measured: bool) -> None:
-        """Expect these seconds for all stages, in order; only their proportions if not `measured`. Stages that began keep their place."""
+    def plan(self, stages: Sequence[tuple[str, float]], measured: bool | None) -> None:
+        """Expect these seconds for all stages, in order; only their proportions if not `measured`, with a time left by the pace of the work
+        if that is None. Stages that began keep their place."""
         self._plan, self._measured = [(name, max(seconds, 1e-6)) for name, seconds in stages], measured
         self._at = min(self._at, len(self._plan) - 1)
         self._spent = self._expected = 0.0 if measured else self._spent
@@ -83,6 +87,7 @@ class Meter:
         if stage in names[self._at :]:
             self._at = names.index(stage, self._at)
         self._stage, self._item, self._done, self._total, self._inside, self._reused = stage, "", 0, 0, 0.0, 0.0
+        self._ground = None
         self._tell(begins=True)
 
     def count(self, done: int, total: int, item: str = "") -> None:
@@ -107,15 +112,37 @@ class Meter:
     def _within(self) -> float:
         return min((self._done + self._inside) / self._total, 1.0) if self._total else self._inside
 
+    def _seconds(self) -> float | None:
+        """Return the seconds that the whole stage takes at its pace, without its start; None before it has shown one."""
+        within, now = self._within(), self._clock()
+        if self._ground is None and within > 0:
+            self._ground = now, within
+        if self._ground is None or within - self._reused < SEEN or within <= self._ground[1]:
+            return None
+        return (now - self._ground[0]) / (within - self._ground[1])
+
+    def _left_by_pace(self) -> float | None:
+        """Return the expected seconds left by the pace of this stage or, until it has one, of an earlier long one."""
+        own, seconds = self._plan[self._at][1], self._seconds()
+        pace = self._pace if seconds is None else seconds / own
+        if pace is None or self._stage != self._plan[self._at][0]:
+            return None
+        return pace * (own * (1 - self._within()) + sum(later for _, later in self._plan[self._at + 1 :]))
+
     def _leave(self) -> None:
         now = self._clock()
         if self._plan and self._stage == self._plan[self._at][0]:
+            own, seconds = self._plan[self._at][1], self._seconds()
+            if seconds is not None and own >= SEEN * sum(one for _, one in self._plan):
+                self._pace = seconds / own
             self._spent += now - self._since
             self._expected += self._plan[self._at][1] * max(1 - self._reused, 0.0)
         self._since = now
 
     def _left(self) -> float | None:
         """Return the expected seconds left: of this stage, from its finished items if there are any, and of later stages."""
+        if self._plan and self._measured is None:
+            return self._left_by_pace()
         if not self._plan or not self._measured:
             return None
         spent, expected, doubt = self._spent, self._expected, DOUBT * sum(seconds for _, seconds in self._plan)
@@ -143,8 +170,9 @@ class Meter:
 _meter: ContextVar[Meter | None] = ContextVar("meter", default=None)
 
 
-def plan(stages: Sequence[tuple[str, float]], measured: bool = True) -> None:
-    """Expect (stage, seconds) of the work, in order; if not `measured`, only in proportion, without a time left."""
+def plan(stages: Sequence[tuple[str, float]], measured: bool | None = True) -> None:
+    """Expect (stage, seconds) of the work, in order; if not `measured`, only in proportion, without a time left (None: with one by the pace
+    of the work)."""
     if meter := _meter.get():
         meter.plan(stages, measured)
 
@@ -155,7 +183,7 @@ def enter(stage: str) -> None:
         meter.enter(stage)
 
 
-def inside(done: int, total: int) -> None:
+def inside(done: float, total: int) -> None:
     """Report the progress of the current item."""
     if meter := _meter.get():
         meter.inside(done / total)

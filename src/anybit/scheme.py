@@ -88,6 +88,8 @@ class Scheme(Mapping[str, Precision]):
     @classmethod
     def uniform(cls, names: Iterable[str], precision: Precision | str) -> "Scheme":
         """Return the scheme with the same precision in every layer of `names`."""
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise InvalidSetting(f"{reprlib.repr(names)} is not a list of layers. Write anybit.Scheme.uniform(['fc'], 'W4A8').")
         if isinstance(precision, str):
             precision = Precision.parse(precision)
         return cls(dict.fromkeys(names, precision))
@@ -149,11 +151,13 @@ def parsed_keep(keep: Mapping[str, Precision | str]) -> dict[str, Precision]:
 
 def parse_keep(items: Sequence[str]) -> dict[str, Precision]:
     """Parse texts like "head=W8A8" into shell pattern -> precision."""
-    keep = {}
+    keep: dict[str, Precision] = {}
     for item in items:
         pattern, separator, precision = item.rpartition("=")
         if not separator or not pattern:
             raise InvalidSetting(f"--keep={item!r} cannot be read. Write PATTERN=W8A8 or PATTERN=float.")
+        if pattern in keep:
+            raise InvalidSetting(f"--keep={item!r}: {pattern} is also kept at {keep[pattern]}. Give each pattern once.")
         keep[pattern] = Precision.parse(precision)
     return keep
 
@@ -185,9 +189,10 @@ BITS = Text(parse_bits, bits_text, "bit-widths with commas: 2,3,4,6,8")
 
 def match_patterns(patterns: Mapping[str, Precision], names: Iterable[str]) -> dict[str, Precision]:
     """Return layer name -> precision for shell `patterns` on whole names. A later pattern wins. Raises InvalidSetting if one matches
-    nothing."""
+    nothing, or only layers that later ones match."""
     names = list(names)
     fixed: dict[str, Precision] = {}
+    winners: dict[str, str] = {}
     for pattern, precision in patterns.items():
         matched = fnmatch.filter(names, pattern)
         if not matched:
@@ -195,6 +200,13 @@ def match_patterns(patterns: Mapping[str, Precision], names: Iterable[str]) -> d
             hint = f" Near matches: {', '.join(near)}." if near else ""
             raise InvalidSetting(f"--keep='{pattern}={precision}' matches no quantizable layer.{hint} `anybit inspect` lists the names.")
         fixed.update(dict.fromkeys(matched, precision))
+        winners.update(dict.fromkeys(matched, pattern))
+    for pattern in patterns.keys() - set(winners.values()):
+        later = winners[fnmatch.filter(names, pattern)[0]]
+        raise InvalidSetting(
+            f"--keep='{pattern}={patterns[pattern]}' has no effect, since --keep='{later}={patterns[later]}' comes later and matches the "
+            "same layers. Put it last, or leave it out."
+        )
     return {name: fixed[name] for name in names if name in fixed}
 
 

@@ -18,7 +18,7 @@ import reprlib
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from decimal import Decimal
 from numbers import Integral, Real
@@ -49,11 +49,24 @@ NOUNS = {bool: "true or false", int: "a whole number", float: "a finite number",
 
 
 class Text(NamedTuple):
-    """How a value other than a number, word or switch is written; `parse` raises ValueError for an invalid text."""
+    """The text form of a value other than a number, word or switch; `parse` raises ValueError for an invalid text."""
 
     parse: Callable[[Any], Any]
     write: Callable[[Any], Any] = str
     example: str = ""
+
+
+class Need(NamedTuple):
+    """A condition without which options have no effect: `names` do nothing `without` it; `remedy` are the options that meet it.
+
+    Options without effect are refused; of `amounts` of work, which many runs may share whether or not they do that work, a note is given.
+    """
+
+    names: tuple[str, ...]
+    met: bool
+    without: str
+    remedy: str = ""
+    amounts: bool = False
 
 
 NUMBERS = Text(
@@ -168,8 +181,9 @@ class Option:
         kind = typing.get_origin(without_none(self.kind))
         if kind is Mapping:
             items = value if isinstance(value, (Mapping, list, tuple)) else [value]
-            names = [one for one in items if isinstance(one, str) and one]
-            return [dict.fromkeys(names or ["*"], "W8A8"), dict.fromkeys(names or ["0"], 1.0), {2: 0.1}]
+            of = typing.get_args(without_none(self.kind))[0]
+            names = [one for one in items if isinstance(one, of) and (one in range(2, 9) if of is int else one)]  # numbers are bit-widths
+            return [dict.fromkeys(names or ["*"], "W8A8"), dict.fromkeys(names or ([2] if of is int else ["0"]), 1.0)]
         if without_none(self.kind) is bool:
             return [SWITCHED[form] for form in [str(value).lower()] if form in SWITCHED]
         if (whole := _whole(value)) is not None:
@@ -179,6 +193,13 @@ class Option:
         if isinstance(value, str) and self.choices:
             return difflib.get_close_matches(value, list(self.choices), n=1)
         return []
+
+    def given(self, value: Any) -> str:
+        """Write the option with a value as on the command line; of a value that takes several words, only its name."""
+        if without_none(self.kind) is bool:
+            return self.written if value is not self.inverted else f"--no-{self.written.removeprefix('--')}"
+        plain = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+        return f"{self.written}={value}" if plain else self.written
 
     def check_ready(self, value: Any) -> None:
         """Raise if the value names something that does not exist, naming the option as written on the command line."""
@@ -215,7 +236,8 @@ class Option:
         if value is None and types.NoneType in kinds:
             return None
         others = [kind for kind in kinds if kind is not types.NoneType]
-        reads = next((kind for kind in others if isinstance(value, str) and hasattr(kind, "parse")), None)
+        is_text = isinstance(value, str) and Path not in others  # text beside a path is one
+        reads = next((kind for kind in others if is_text and hasattr(kind, "parse")), None)
         if len(others) > 1 and reads is None and any(isinstance(value, kind) for kind in others if not _is_empty(value)):
             return value
         return self._typed(reads or others[0], value)
@@ -444,7 +466,32 @@ class Settings:
         for name, kind in inner_settings(cls).items():
             known = options_of(kind)
             parts[name] = kind.of(**{key: value for key, value in settings.items() if key in known})
-        return cls(**parts, **{name: value for name, value in settings.items() if name in _own(cls)})
+        created = cls(**parts, **{name: value for name, value in settings.items() if name in _own(cls)})
+        with as_in_python(_own(cls)):
+            created.check_effect(created.needs())
+        return created
+
+    def needs(self) -> list[Need]:
+        """List what options need in order to have an effect. Checked of new settings, not of those in files of earlier versions."""
+        return []
+
+    def check_effect(self, needs: Iterable[Need]) -> None:
+        """Raise InvalidSetting for an option that is not at its default, and has no effect."""
+        for words in self._idle(need for need in needs if not need.amounts):
+            raise InvalidSetting(words)
+
+    def notes_on_effect(self, needs: Iterable[Need] = ()) -> list[str]:
+        """Return notes on amounts that are not at their default, and have no effect."""
+        return [words.rstrip(".").replace(". Leave", ": leave") for words in self._idle(n for n in (*self.needs(), *needs) if n.amounts)]
+
+    def _idle(self, needs: Iterable[Need]) -> Iterator[str]:
+        """Yield what to say of each option that is not at its default, and has no effect."""
+        options, values = options_of(type(self)), self.flat()
+        for need in needs:
+            for name in () if need.met else need.names:
+                if values[name] != options[name].default:
+                    written = options[name].given(values[name])
+                    yield f"{written} has no effect {need.without}. Leave it out{need.remedy and f', or give {need.remedy}'}."
 
     def flat(self) -> dict[str, Any]:
         """Return all settings under their own names, as accepted by `of`."""

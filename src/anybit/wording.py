@@ -21,6 +21,8 @@ OTHERWISE = {"train": "data", "output": "folder", "block": "blocks"}
 MAPPINGS = {"keep": "'W8A8'", "outputs": "1.0"}
 """Keywords whose value is a dictionary, NAME=VALUE on the command line -> the value of a NAME alone."""
 SWITCHES = ("overwrite", "polish", "tables", "weight_only", "half", "prune", "from_scratch", "tune_scales", "pack_embeddings")
+STEPS = ("parallel", "sequential", "bias_tuning", "bn_tuning")
+"""Switches with a --no- form."""
 PREPROCESSING = ("mean", "std", "size", "resize", "interpolation", "classes", "columns", "length", "stride")
 """Keywords of Preprocessing, which functions take as a whole."""
 OF_PIP = ("force-reinstall", "index-url")
@@ -81,7 +83,7 @@ def _keyword(flag: re.Match[str], known: Collection[str]) -> str:
     if option.startswith("no-"):
         return f"{option.removeprefix('no-').replace('-', '_')}=False"
     name = option.replace("-", "_")
-    if name in SWITCHES:
+    if name in SWITCHES or (name in STEPS and value is None):
         return f"{name}=True"
     if name not in known:
         name = OTHERWISE.get(option, name)

@@ -27,6 +27,8 @@ SCORES -= SCORES.mean(1, keepdim=True)  # as cross-entropy trains them: its grad
         (LOGITS, CLASSES, "classification"),
         (LOGITS.sigmoid(), CLASSES, "classification"),
         (LOGITS, LOGITS, "regression"),
+        (F.normalize(LOGITS), CLASSES, "embedding"),  # identities of unit vectors are no classes of their coordinates
+        (F.normalize(LOGITS), None, "embedding"),
         (LOGITS, (LOGITS > 0).long(), "multi-label"),
         (LOGITS, (LOGITS > 0).float(), "multi-label"),
         (MASKS, MASKS.argmax(1), "segmentation"),
@@ -256,3 +258,32 @@ def test_trains_tasks_guessed_from_labels(task):
         y = model(x).argmax(1) if task == "segmentation" else (model(x) > 0).long()
     result = anybit.grow(model, (x, y), "6bit", test=(x, y), epochs=1, batch_size=16)
     assert result.about["task"] == task and TASKS[task].counted in result.report["test"]
+
+
+class Features(nn.Module):
+    """A classifier that returns its features before its scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        features = self.body(x).relu()
+        return {"features": features, "scores": self.head(features)}
+
+
+def test_labels_of_another_output_than_the_first_are_a_question_whose_answers_work():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Features().eval(), torch.randn(40, 8)
+    labels = model(x)["scores"].argmax(1)
+    for ask in (
+        lambda **chosen: anybit.evaluate(model, (x, labels), **chosen),
+        lambda **chosen: anybit.calibrate(model, (x, labels), "8bit", **QUICK, **chosen).report["float_held_out"],
+        lambda **chosen: anybit.calibrate(model, x, "8bit", test=(x, labels), **QUICK, **chosen).report["float_test"],
+    ):
+        with pytest.raises(InvalidInput, match=r"output scores on 100 %") as question:
+            ask()
+        assert "outputs={'scores': 1.0} or outputs={'features': 1.0}" in str(question.value)
+        assert ask(outputs={"scores": 1.0})["top1"] == 100
+        assert ask(outputs={"features": 1.0})["top1"] < 30

@@ -3,13 +3,11 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from commands import FAST, anybit_cli
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
-import anybit
 from anybit.data.contents import contents_of_samples
 from anybit.errors import InvalidInput
 from anybit.progress import listening, tell
@@ -229,7 +227,21 @@ def test_equal_notes_are_shown_once():
     assert notes == ["one", "two"]
 
 
-def test_refusal_of_uint8_arrays_with_the_channels_second_says_how_they_are_read():
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
-    with pytest.raises(InvalidInput, match=r"read as images \[N, H, W, C\].*x\.transpose\(0, 2, 3, 1\)"):
-        anybit.calibrate(network, np.zeros((8, 3, 10, 12), np.uint8), "4bit")
+def test_a_generator_that_may_give_samples_or_batches_is_a_question_whose_remedy_works():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 3))
+
+    def batches():
+        return (torch.full((8, 8), float(number)) for number in range(4))
+
+    with pytest.raises(InvalidInput, match=r"DataLoader\(list\(data\), batch_size=None\)"):
+        as_samples(batches(), 0, model)
+    assert len(as_samples(DataLoader(list(batches()), batch_size=None), 0, model)) == 32
+
+
+@pytest.mark.parametrize("labels", [[[1], [1, 2]], [[1, 2], "text"]])
+def test_lists_of_several_lengths_are_no_numbers_and_no_traceback(labels):
+    x = torch.randn(8, 4)
+    items = [(row, labels) for row in x]
+    assert not as_samples(items, 0, torch.nn.Linear(4, 2)).labelled
+    with pytest.raises(InvalidInput):
+        next(as_samples((x, labels * 4), 0, torch.nn.Sequential(torch.nn.Linear(4, 2))).batches(8))

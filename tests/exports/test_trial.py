@@ -7,7 +7,7 @@ from networks import Bessel, Odd, Residual, images, make
 from torch import nn
 
 import anybit
-from anybit.errors import UnsupportedModel
+from anybit.errors import InvalidInput, UnsupportedModel
 from anybit.reports.terminal import export_line
 from anybit.wording import in_python
 
@@ -94,15 +94,52 @@ class Masked(nn.Module):
         self.a = nn.Linear(4, 4)
 
     def forward(self, x, mask):
-        return self.a(x) * (1.0 - mask)[:, None]
+        return self.a(x) * torch.rsub(mask, 1.0)[:, None]
 
 
 def test_refusal_names_the_line_that_the_exporter_cannot_translate():
     """PyTorch 2.13 cannot subtract integers from a float number."""
     report = anybit.inspect(Masked().eval(), [(torch.randn(4), torch.tensor(1)) for _ in range(2)], cache=False)["export"]
-    assert report["ok"] or "test_trial.py: return self.a(x) * (1.0 - mask)[:, None]." in report["reason"], report
+    assert report["ok"] or "test_trial.py: return self.a(x) * torch.rsub(mask, 1.0)[:, None]." in report["reason"], report
 
 
 def test_rejects_an_output_of_pairs_of_inputs_alone():
     with pytest.raises(UnsupportedModel, match=r"shape \[2, 2\] for 2 inputs and \[3, 3\] for 3"):
         anybit.inspect(Pairs(with_features=False).eval(), PAIRED)
+
+
+class Placed(nn.Module):
+    """Texts whose positions are counted by a size."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places, self.a = nn.Embedding(9, 8), nn.Parameter(torch.randn(16, 8)), nn.Linear(8, 4)
+
+    def forward(self, ids, attention_mask):
+        return (self.a(self.words(ids) + self.places[: ids.shape[1]]) * attention_mask[..., None]).sum(1)
+
+
+class Counted(Placed):
+    """Texts whose positions are counted by a number of Python."""
+
+    def forward(self, ids, attention_mask):
+        return (self.a(self.words(ids) + self.places[: int(ids.shape[1])]) * attention_mask[..., None]).sum(1)
+
+
+@pytest.mark.parametrize(("network", "fixed"), [(Placed, False), (Counted, True)])
+def test_fixed_length_of_texts_is_said_before_the_work_and_of_the_file(network, fixed, tmp_path):
+    model, texts = (
+        network().eval(),
+        [{"ids": torch.arange(5) + one, "attention_mask": torch.ones(5, dtype=torch.int64)} for one in range(4)],
+    )
+    shorter = [{name: tensor[:4] for name, tensor in text.items()} for text in texts]
+    trial = anybit.inspect(model, texts)["export"]
+    run = anybit.calibrate(model, texts, None, **LIGHT).save(tmp_path / "run")
+    report = anybit.export(run, tmp_path / "net.onnx", model=model, data=texts)
+    assert trial["text_length"] == report["text_length"] == (5 if fixed else None)
+    assert ("texts of 5 tokens only" in export_line(trial)) == fixed
+    if fixed:
+        with pytest.raises(InvalidInput, match=r"takes ids of the shape \[batch, 5\], and a batch of the data has \[4, 4\]"):
+            anybit.verify(run, tmp_path / "net.onnx", model=model, data=shorter)
+    else:
+        assert anybit.verify(run, tmp_path / "net.onnx", model=model, data=shorter)["ok"]

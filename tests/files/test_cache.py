@@ -42,11 +42,11 @@ def refuse() -> Entry:
 
 
 def test_result_is_computed_once_and_reads_back_equal(tmp_path):
-    recall = Cache(tmp_path).keyed("weights")
-    first = recall("result", stored_entry, lambda result: result)
+    cache = Cache(tmp_path).keyed("weights")
+    first = cache("result", stored_entry, lambda result: result)
     again = Cache(tmp_path).keyed("weights")
     assert same(first, stored_entry()) and same(again("result", refuse, lambda result: result), first)
-    assert (recall.counts["made"], again.counts["recalled"]) == (1, 1)
+    assert (cache.counts["made"], again.counts["recalled"]) == (1, 1)
 
 
 @pytest.mark.parametrize("other", [("weights", 1), ("weight",), ("weights", None), ()])
@@ -90,9 +90,9 @@ def test_intact_result_of_the_wrong_form_is_recomputed(tmp_path):
 
 def test_unwritable_cache_costs_a_warning_not_the_run(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    recall = Cache(tmp_path / "file")
+    cache = Cache(tmp_path / "file")
     with pytest.warns(UserWarning, match="cannot be written to") as warned:
-        assert [recall.keyed(number).value("result", lambda number=number: number) for number in range(3)] == [0, 1, 2]
+        assert [cache.keyed(number).value("result", lambda number=number: number) for number in range(3)] == [0, 1, 2]
     assert len(warned) == 1
 
 
@@ -252,6 +252,7 @@ def test_new_budget_reuses_every_independent_result(tmp_path, monkeypatch, fille
         ({"steps": 7}, "sequential AdaQuant of"),
         ({"alternatives": 3}, "measured"),
         ({"pairs": True}, "floor"),
+        ({"sensitivity": "hawq"}, "floor"),
         ({"sensitivity_base": "W6A6"}, "ranges"),
         ({"candidate_steps": 4, "parallel": True}, "parallel AdaQuant of"),
         ({"rounding": "adaround", "parallel": True}, "parallel AdaRound of"),
@@ -307,6 +308,19 @@ def test_changed_metric_code_is_measured_again(tmp_path, monkeypatch):
         assert {row["metric"] for row in result.report["schemes"]} == {metric(None, None)} and any(
             n.startswith("measured") for n in computed
         )
+
+
+def test_a_metric_is_measured_again_if_a_file_that_its_code_names_has_changed(tmp_path):
+    model, data, file = make(Residual), (images(40), torch.zeros(40, dtype=torch.int64)), tmp_path / "weight.txt"
+    settings = {**SETTINGS, "pipeline": "light", "cache": tmp_path / "kept"}
+
+    def metric(outputs, labels):
+        return float(file.read_text())
+
+    for value in (1.0, 2.0):
+        file.write_text(str(value))
+        result = anybit.calibrate(model, data, "4bit", metric=metric, **settings)
+        assert {row["metric"] for row in result.report["schemes"]} == {value}
 
 
 # The command line

@@ -281,3 +281,18 @@ def test_scalar_output_is_the_row_of_one_sample():
     whole, single = (anybit.calibrate(make(SqueezedAway), x, batch_size=size, **LIGHT) for size in (8, 1))
     assert whole.about["task"] == single.about["task"] == "regression"
     assert single.report["schemes"][0]["measured"] == pytest.approx(whole.report["schemes"][0]["measured"], rel=0.2)
+
+
+class Forgetful(Chain):
+    """A network whose own `train` returns nothing, so that `eval()` gives None."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+def test_network_whose_train_returns_nothing_is_calibrated_saved_loaded_and_exported(tmp_path):
+    model, x = make(Chain), images(32)
+    model.__class__ = Forgetful
+    result = anybit.calibrate(model, x, "4bit", pipeline="light", cache=False)
+    assert torch.equal(anybit.load(result.save(tmp_path / "run"), model=model)(x), result.model(x))
+    assert result.export(tmp_path / "run.onnx", x) and anybit.evaluate(model, (x, model(x).argmax(1)))["top1"] == 100

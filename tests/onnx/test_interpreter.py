@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import onnx.parser
 import onnx_ir as ir
 import pytest
 import torch
@@ -17,7 +18,7 @@ from anybit.onnx.verification import lacks_exact_kernels
 exactly = pytest.mark.skipif(lacks_exact_kernels() is not None, reason=f"bitwise equality: {lacks_exact_kernels()}")
 
 EXACT = {"Conv", "Gemm", "MatMul", "Add", "Mul", "Concat", "GlobalAveragePool", "MaxPool"}
-"""What runtimes compute on codes as integers, and the reference to the bit."""
+"""Operators that runtimes compute on codes as integers, and the reference bit for bit."""
 MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad", "Gather", "Expand", "Identity"}
 
 
@@ -296,3 +297,13 @@ def test_sums_are_exact_at_every_width(width):
     weight = torch.randint(100, 128, (width, 2), generator=torch.Generator().manual_seed(1))
     x[0] = 255
     assert torch.equal(_exact(torch.matmul, x.int(), weight.int(), width), x @ weight)
+
+
+@pytest.mark.parametrize("pool", ["GlobalAveragePool", "AveragePool<kernel_shape=[4,4]>", "MaxPool<kernel_shape=[4,4]>"])
+def test_pool_reads_a_product_of_codes_that_nothing_rounds(pool):
+    text = f"""<ir_version: 10, opset_import: ["": 21]> pooled (float[1,2,4,4] x) => (float[1,2,1,1] y)
+        <float s = {{0.1}}, uint8 z = {{128}}> {{
+        codes = QuantizeLinear(x, s, z)  numbers = DequantizeLinear(codes, s, z)  product = Mul(numbers, numbers)  y = {pool}(product) }}"""
+    graph, x = ir.from_proto(onnx.parser.parse_model(text)), torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    (expected,) = session(graph).run(None, {"x": x.numpy()})
+    assert np.allclose(interpret(graph, {"x": x}).values["y"].numpy(), expected, rtol=1e-5)

@@ -1027,10 +1027,10 @@ class Pairs(nn.Module):
 @pytest.mark.parametrize(("network", "count"), [(Counted, 1), (Pairs, 2)])
 def test_file_takes_batches_of_any_size(network, count):
     torch.manual_seed(0)
-    pictures = [inputs((3, 8, 8), seed=seed).inputs for seed in range(count)]
+    images = [inputs((3, 8, 8), seed=seed).inputs for seed in range(count)]
 
     def batch(size):
-        return Batch(pictures[0][:size] if count == 1 else tuple(one[:size] for one in pictures))
+        return Batch(images[0][:size] if count == 1 else tuple(one[:size] for one in images))
 
     canonical = canonical_of(network().eval(), batch(16), lambda layer: Precision(8, 8))
     file = exported(canonical, batch(16)).integer

@@ -60,7 +60,7 @@ def test_inspection_truncates_no_name(capsys):
         "unfolded": {},
         "unread": [],
         "float_bytes": 10**7,
-        "export": {"ok": True, "integer_layers": [name], "float_layers": []},
+        "export": {"ok": True, "integer_layers": [name], "float_layers": [], "text_length": None},
     }
     print_inspection({"layers": {name: layer}, "uniform": dict.fromkeys(layer["bytes"], whole), **others})
     shown = capsys.readouterr().out

@@ -524,6 +524,23 @@ def test_rejects_metric_without_test_data():
         calibrate(make(Residual), images(24), "4bit", metric=lambda outputs, labels: 0.0)
 
 
+def test_drop_of_a_metric_of_0_to_1_binds_and_is_said(tmp_path):
+    model, x = make(Chain), images(40)
+    data = (x, model(x).argmax(1))
+
+    def share(outputs, labels):
+        return float((outputs.softmax(1).gather(1, labels[:, None])).mean())
+
+    told: list[str] = []
+    with listening(None, lambda event, fields: told.append(fields.get("note", ""))):
+        result = anybit.calibrate(model, data, "drop=0.2%", metric=share, **FAST)
+        again = anybit.allocate(result.save(tmp_path / "run"), "drop=0.1%", data=data, model=model, metric=share)
+    assert sum(re.search(r"^drop=0\.[12]% allows share to lose 0\.00[12]: ", note) is not None for note in told) == 2
+    for one, allowed in ((result, 0.002), (again, 0.001)):
+        chosen = next(row for row in one.report["schemes"] if row["chosen"])
+        assert one.report["float_held_out"]["metric"] - chosen["metric"] <= allowed
+
+
 def test_new_drop_budget_holds_after_polishing(tmp_path, monkeypatch):
     model, x = make(Residual), images(40)
     with torch.no_grad():
@@ -531,8 +548,8 @@ def test_new_drop_budget_holds_after_polishing(tmp_path, monkeypatch):
     anybit.calibrate(model, data, "4bit", **{**QUICK, "pipeline": "light"}).save(tmp_path / "run")
     polish = polish_scheme
 
-    def spoiling(bench, scheme):
-        polished = polish(bench, scheme)
+    def spoiling(state, scheme):
+        polished = polish(state, scheme)
         polished.model.fc.bias.data[0] = 1e3
         return polished
 

@@ -1,4 +1,5 @@
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from networks import (
 )
 from torch import nn
 
-from anybit.allocation.choice import Judge, check_feasible, choose_scheme, fits_budget
+from anybit.allocation.choice import Judge, check_feasible, choose_scheme, drop_in_words, fits_budget
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import Budget
 from anybit.data.batches import Batch
@@ -53,7 +54,7 @@ from anybit.scheme import Precision, Scheme
 SETTINGS = CalibrateSettings(weight_bits=(2, 4, 8), activation_bits=(4, 8), steps=4, candidate_steps=3, alternatives=2)
 
 
-def bench(name: str = "residual", settings: CalibrateSettings = SETTINGS):
+def prepared_case(name: str = "residual", settings: CalibrateSettings = SETTINGS):
     """(network, calibration, ranged candidates, a judge)."""
     calibration = calibration_of(name)
     network = observe_network(make(NETWORKS[name][0]), calibration.fitting[0], settings.options)
@@ -64,7 +65,7 @@ def bench(name: str = "residual", settings: CalibrateSettings = SETTINGS):
 
 @pytest.fixture(scope="module")
 def residual():
-    network, calibration, candidates, judge = bench()
+    network, calibration, candidates, judge = prepared_case()
     table = sensitivity_table(network, candidates, calibration, judge.reference, "classification", SETTINGS)
     return network, calibration, candidates, judge, table
 
@@ -219,7 +220,7 @@ def test_sensitivity_is_the_loss_of_one_changed_layer(residual):
 def test_sensitivity_base_may_be_any_precision(base):
     settings = CalibrateSettings(weight_bits=(2, 4, 8), activation_bits=(4, 8), sensitivity_base=Precision.parse(base))
     try:
-        network, calibration, candidates, judge = bench("chain", settings)
+        network, calibration, candidates, judge = prepared_case("chain", settings)
         table = sensitivity_table(network, candidates, calibration, judge.reference, "classification", settings)
         assert table.base == settings.sensitivity_base
     except AnybitError as error:
@@ -298,7 +299,7 @@ def labelled(calibration: Calibration, network: ObservedNetwork) -> list[Batch]:
 @pytest.mark.parametrize("keep", [{}, {"block2.*": Precision()}], ids=["none", "float"])
 def test_generous_drop_is_always_met(keep):
     settings = CalibrateSettings(weight_bits=(2, 4, 8), activation_bits=(8,), keep=keep)
-    network, calibration, candidates, judge = bench("residual", settings)
+    network, calibration, candidates, judge = prepared_case("residual", settings)
     judge = Judge(network, candidates, labelled(calibration, network), judge.reference, "classification")
     nothing = SensitivityTable({(name, p): 0.0 for name, options in network.choices.items() for p in options}, Precision(), 8)
     choice = choose_scheme(network, nothing, Budget.parse("drop=100%"), settings.alternatives, judge)
@@ -306,7 +307,7 @@ def test_generous_drop_is_always_met(keep):
 
 
 def test_drop_is_measured_by_the_custom_metric():
-    network, calibration, candidates, judge = bench("residual")
+    network, calibration, candidates, judge = prepared_case("residual")
     held_out = labelled(calibration, network)
     table = sensitivity_table(network, candidates, calibration, judge.reference, "classification", SETTINGS)
 
@@ -406,7 +407,7 @@ def test_prior_acts_on_candidates(residual):
 
 
 def test_edge_ranges_cover_every_observed_value():
-    network, calibration, candidates, _ = bench("residual")
+    network, calibration, candidates, _ = prepared_case("residual")
     model = apply_scheme(network.prepared, network.uniform(4, 8), candidates)
     edges = observe_edge_ranges(model, network.wiring, calibration.fitting)
     assert list(edges) == network.wiring.edges()
@@ -494,3 +495,29 @@ def test_measured_loss_limit_is_met_if_any_scheme_meets_it(residual, limit):
     chosen = next(row for row in choice.measured if row["scheme"] == choice.scheme)
     assert chosen in keeping if keeping else chosen["name"] == "allocated 1"
     assert all(chosen["bytes"] <= row["bytes"] for row in keeping)
+
+
+@pytest.mark.parametrize(("scale", "percent"), [(1.0, 0.01), (100.0, 1.0), (-5.0, 1.0)], ids=["share", "percent", "negative"])
+@pytest.mark.parametrize("limit", [0.5, 2.0, 20.0])
+def test_drop_binds_whatever_the_scale_of_the_metric(scale, percent, limit):
+    """A metric of 0 to 1 could not lose the 1.0 that drop=1% stood for."""
+    network, calibration, candidates, judge = prepared_case("residual")
+    held_out = labelled(calibration, network)
+    table = sensitivity_table(network, candidates, calibration, judge.reference, "classification", SETTINGS)
+
+    def metric(outputs, labels):
+        share = 1 / (1 + float((outputs - judge.reference).abs().mean()))
+        return scale * share if scale > 0 else scale * (1 - share) - 1
+
+    judged = Judge(network, candidates, held_out, judge.reference, "classification", metric)
+    budget = Budget.parse(f"drop={limit}%")
+    try:
+        choice = choose_scheme(network, table, budget, SETTINGS.alternatives, judged)
+    except InfeasibleBudget as refused:
+        enough = re.search(r"raise the budget to (drop=\S+)\.$", str(refused))[1]
+        limit = float(enough.removeprefix("drop=").removesuffix("%"))
+        choice = choose_scheme(network, table, Budget.parse(enough), SETTINGS.alternatives, judged)
+    lost = metric(judge.reference, None) - judged.of_scheme(choice.scheme)["metric"]
+    assert lost <= limit * percent * (1 + 1e-9)
+    words = drop_in_words(budget, metric, metric(judge.reference, None))
+    assert words.startswith(f"{budget} allows metric to lose {budget.limit('drop') * percent:g}: ")

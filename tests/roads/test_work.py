@@ -1,4 +1,4 @@
-"""How often a network is run and copied: each pass over the data and each copy of the weights has a reason."""
+"""Counts of passes and copies of a network: each pass over the data and each copy of the weights has a reason."""
 
 import copy
 from collections import Counter
@@ -84,13 +84,13 @@ def observed():
 
 def test_sensitivity_rows_share_one_copy_and_cached_rows_need_none(observed, work, tmp_path):
     network, calibration, candidates, reference = observed
-    recall = Cache(tmp_path)
-    table = sensitivity_table(network, candidates, calibration, reference, "classification", SETTINGS, recall)
+    cache = Cache(tmp_path)
+    table = sensitivity_table(network, candidates, calibration, reference, "classification", SETTINGS, cache)
     rows = sum(len(SETTINGS.weight_bits) + len(SETTINGS.activation_bits) for name in network.names)
     assert len(table.measured) == rows
     assert work == {"passes": (1 + rows) * len(calibration.held_out), "copies": 1}
     work.clear()
-    assert sensitivity_table(network, candidates, calibration, reference, "classification", SETTINGS, recall) == table
+    assert sensitivity_table(network, candidates, calibration, reference, "classification", SETTINGS, cache) == table
     assert not work
 
 

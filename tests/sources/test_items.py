@@ -162,7 +162,11 @@ def test_rejects_endless_stream(monkeypatch):
     [
         (Masked(), TensorDataset(X, MASK), ("Masked.forward(x, mask=None)", "labelled=False) if it is mask", "labelled=True)")),
         (Masked(), (X, MASK), ("Masked.forward(x, mask=None)", "labelled=False", "labelled=True")),
-        (Single(), [torch.randn(4, 3), torch.randn(4, 3)], ("anybit.Samples(data, labelled=False)", "DataLoader(data, batch_size=None)")),
+        (
+            Single(),
+            [torch.randn(4, 3), torch.randn(4, 3)],
+            ("anybit.Samples(data, labelled=False)", "DataLoader(list(data), batch_size=None)"),
+        ),
         (Single(), [{"image": a, "other": a} for a in A], ("'image' alone or 'other' alone", "'x'")),
     ],
     ids=["mask", "arrays", "batches", "keys"],

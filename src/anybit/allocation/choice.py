@@ -12,7 +12,7 @@ from anybit.allocation.program import Allocation, allocate, best_allocations, le
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import BITS, BYTES, DROP, LOSS, Budget, Condition
 from anybit.data.batches import Batch, Labels
-from anybit.data.tasks import Metric, Task, distance, labels_in, measure, named_task, outputs_of, score
+from anybit.data.tasks import Metric, Task, distance, labels_in, measure, metric_name, named_task, outputs_of, score
 from anybit.errors import InfeasibleBudget, InvalidSetting
 from anybit.files.cache import Cache
 from anybit.networks.candidates import Candidates
@@ -36,7 +36,7 @@ class Judge:
     reference: Tensor
     task: Task
     metric: Metric | None = None
-    recall: Cache = field(default_factory=Cache)
+    cache: Cache = field(default_factory=Cache)
     scored: bool = True
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class Judge:
     def of_scheme(self, scheme: Scheme) -> dict[str, float]:
         """Measure a scheme built from the unchanged candidates."""
         apply = partial(self.network.apply, scheme, self.candidates)
-        return self.recall.value(f"measured {scheme}", lambda: self.of_model(apply()), as_scores)
+        return self.cache.value(f"measured {scheme}", lambda: self.of_model(apply()), as_scores)
 
     def of_model(self, model: nn.Module) -> dict[str, float]:
         """Return {"loss": distance, with labels the task's counted score ("top1", ...), "metric": the user's}."""
@@ -70,6 +70,28 @@ class Judge:
     @property
     def labels(self) -> Labels | None:
         return labels_in(self.held_out)
+
+    def float_score(self) -> float:
+        """Return the score of the float network that "drop=" budgets limit."""
+        assert self.counted is not None  # else the budget was refused
+        return self.of_outputs(self.reference)[self.counted]
+
+    def lost(self, float_score: float, scores: Mapping[str, float]) -> float:
+        """Return what scores lose against the float network's, in percent as "drop=" budgets count it."""
+        assert self.counted is not None  # else the budget was refused
+        return (float_score - scores[self.counted]) / (percent_of(float_score) if self.metric is not None else 1.0)
+
+
+def percent_of(float_score: float) -> float:
+    """Return one percent of a user's metric, by its value for the float network: 0.01 if that is a share of 0..1, else one point of it."""
+    return 0.01 if 0 < float_score <= 1 else 1.0
+
+
+def drop_in_words(budget: Budget, metric: Metric, float_score: float) -> str:
+    """Say what a "drop=" budget means for a user's metric."""
+    allowed = percent_of(float_score) * (budget.limit(DROP.name) or 0.0)
+    scale = "which is read as a share of 0 to 1" if percent_of(float_score) < 1 else "which is no share of 0 to 1"
+    return f"{budget} allows {metric_name(metric)} to lose {allowed:g}: it is {float_score:.4g} for the float network, {scale}"
 
 
 def as_scores(record: Mapping[str, Any]) -> dict[str, float]:
@@ -171,8 +193,7 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
         raise InvalidSetting(
             "A budget of drop= needs labelled data, and a --metric unless the network is a classifier. Give them, or use loss=."
         )
-    float_score = judge.of_outputs(judge.reference)[judge.counted]
-    allowed = budget.limit(DROP.name)
+    float_score, allowed = judge.float_score(), budget.limit(DROP.name) or 0.0
     others = tuple(c for c in budget.conditions if c.quantity != DROP.name)
     rows: list[dict[str, Any]] = []
     passed: tuple[Scheme, Allocation] | None = None
@@ -190,14 +211,14 @@ def _choose_by_drop(network: ObservedNetwork, table: SensitivityTable, budget: B
             continue
         row = measured_row(network, table, f"allocated at {bits:.2f} bits", allocation.scheme, judge)
         rows.append(row)
-        lost = float_score - row[judge.counted]
+        lost = judge.lost(float_score, row)
         if lost <= allowed:
             passed, high = (allocation.scheme, allocation), bits
         elif attempt == 0:
+            enough = f" or raise the budget to {DROP.text(lost)}" if lost < DROP.largest else ""
             raise InfeasibleBudget(
-                f"Even the largest scheme loses {lost:.4g} points of {judge.counted} on the held-out inputs, "
-                f"more than {allowed:g}. "
-                f"Allow more bits or raise the budget to {DROP.text(lost)}."
+                f"Even the largest scheme loses {lost:.4g} % of {judge.counted} on the held-out inputs, more than {allowed:g} %. "
+                f"Allow more bits{enough}."
             )
         else:
             low = bits

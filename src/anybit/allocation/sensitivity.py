@@ -79,6 +79,14 @@ def rows_to_measure(choices: Mapping[str, Sequence[Precision]], pairs: bool) -> 
     return list(rows)
 
 
+def _completed(precision: Precision, base: Precision) -> Precision:
+    """Take the bits that `precision` leaves open from `base`."""
+    return Precision(
+        base.weight_bits if precision.weight_bits is None else precision.weight_bits,
+        base.activation_bits if precision.activation_bits is None else precision.activation_bits,
+    )
+
+
 def measure_sensitivity(
     prepared: nn.Module,
     candidates: Candidates,
@@ -115,12 +123,7 @@ def measure_sensitivity(
         if len(choices[layer]) == 1:
             measured[layer, precision] = 0.0  # nothing to choose: its loss is the same in every scheme
             continue
-        at = precision
-        if not pairs:
-            at = Precision(
-                base.weight_bits if precision.weight_bits is None else precision.weight_bits,
-                base.activation_bits if precision.activation_bits is None else precision.activation_bits,
-            )
+        at = precision if pairs else _completed(precision, base)
         value = cache.value(f"sensitivity of {layer} at {precision}", partial(measure_at, layer, at), float) - floor
         if not value < float("inf"):
             raise UnsupportedModel(

@@ -141,7 +141,11 @@ def extract(
     check_subnet(budget, scheme, polish, data)
     check_free(output, overwrite)
     inputs = {"scheme": scheme, "data": data, "test": test, "model": model, "metric": load_metric(metric), "workers": workers}
-    polishing = {"polish": True, "samples": samples, "steps": steps, "cache": cache} if polish else {}
+    sizes = {"samples": samples, "steps": steps}
+    idle = next((name for name, value in sizes.items() if not polish and value != getattr(CalibrateSettings, name)), None)
+    if idle is not None:
+        raise InvalidSetting(f"--{idle}={sizes[idle]} has no effect without polishing. Leave it out, or give --polish and --data.")
+    polishing = {"polish": True, **sizes, "cache": cache} if polish else {}
     return _saved(anybit.extract(run, budget, **inputs, **polishing), output, overwrite)
 
 
@@ -158,6 +162,8 @@ def evaluate(
     """
     if run is None and model is None:
         raise InvalidSetting("RUN or --model is missing. Give a run folder, or --model for the float network.")
+    if run is not None and weights is not None:
+        raise InvalidSetting(f"--weights={weights} has no effect on a run, which has its own. Leave it out, or give --model without RUN.")
     from anybit.reports.words import scores_line
     from anybit.roads.evaluate import evaluated_network, recorded_outputs, scores_of
 

@@ -14,6 +14,7 @@ import typer
 from anybit.cli.help import ALL, show_all
 from anybit.cli.options import Verb, as_parameter
 from anybit.errors import AnybitError, InvalidSetting, printable
+from anybit.files.whole import claimed
 from anybit.settings import PANELS
 from anybit.sources.published import check_published
 from anybit.wording import as_on_the_command_line
@@ -52,8 +53,10 @@ def as_command(function: Callable[..., Outcome | None], *more: str) -> Callable[
             if "log" in common and is_first()
             else _waiting("threads" in common and is_first(), common)
         )
-        with reported_errors(function.__name__), telling:
+        with reported_errors(function.__name__), telling, ExitStack() as claims:
             arguments = verb.arguments(values)
+            if isinstance(output := arguments.get("output"), Path) and is_first():
+                claims.enter_context(claimed(output, "--output"))
             if isinstance(arguments.get("model"), str):
                 check_published(arguments["model"], arguments.get("weights"))
             if common.get("threads"):

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 from anybit.errors import AnybitError, InvalidInput, UnsupportedModel
 
 Inputs = Tensor | tuple | dict
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Targets(list):
@@ -230,6 +231,12 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def in_evaluation_mode(model: Network) -> Network:
+    """Put `model` into evaluation mode and return it; a network's own `train` may forget to return it."""
+    model.eval()
+    return model
 
 
 @contextmanager

@@ -37,6 +37,8 @@ def parse_outputs(items: Sequence[str]) -> dict[str, float]:
     outputs = {}
     for item in items:
         name, separator, weight = item.rpartition("=") if "=" in item else (item, "", "")
+        if name in outputs:
+            raise InvalidSetting(f"--outputs={item!r}: {name} is given twice. Give each output once.")
         try:
             outputs[name] = float(weight) if separator else 1.0
         except ValueError:

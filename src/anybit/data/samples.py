@@ -51,6 +51,12 @@ class Samples:
     targets: Callable[[Any], tuple[Any, Any]] | None = None
     listed: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.labelled, bool):
+            raise InvalidSetting(f"Samples: labelled {self.labelled!r} must be True or False.")
+        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 0:
+            raise InvalidSetting(f"Samples: workers {self.workers!r} must be a whole number, at least 0.")
+
     def __len__(self) -> int:
         return length_of(self.dataset, self.name)
 
@@ -93,7 +99,7 @@ class Samples:
         """Return labels that are numbers, as the reader and their form ask for."""
         labels = labels if reader is None else reader.align(labels, batch)
         labels = labels if self.one_hot is None else from_one_hot(labels, self.one_hot)
-        return class_numbers(labels) if self.classes else labels
+        return as_class_numbers(labels) if self.classes else labels
 
     def by_length(self) -> "Samples":
         """Return the samples sorted by length, if the data set knows lengths, so that batches need less padding."""
@@ -190,7 +196,7 @@ def from_one_hot(labels: Tensor, dimension: int) -> Tensor:
     return (labels == 1).long().argmax(dimension)
 
 
-def class_numbers(labels: Tensor) -> Tensor:
+def as_class_numbers(labels: Tensor) -> Tensor:
     """Return class numbers as int64, without the dimension of a column. Raises InvalidInput for fractions, NaN and numbers beyond 2^53."""
     if (wrong := fractions(labels)).any():
         raise InvalidInput(
@@ -234,6 +240,10 @@ def _lengths(dataset: Any) -> Sequence[int] | None:
     return getattr(dataset, "lengths", None)
 
 
+CHANNELS = (1, 3, 4)
+"""Numbers of channels of grey and colour images, without and with transparency."""
+
+
 class ArrayDataset(Dataset):
     """Images uint8 [N, H, W, C] (or [N, H, W], one channel), or any other array [N, ...], with labels [N] or None.
 
@@ -244,6 +254,11 @@ class ArrayDataset(Dataset):
     def __init__(self, x, y=None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
         self.x, self.y = x, y
         self.is_image = x.dtype.name == "uint8" and x.ndim in (3, 4)
+        if self.is_image and x.ndim == 4 and x.shape[3] not in CHANNELS and x.shape[1] in CHANNELS:
+            raise InvalidInput(
+                f"Arrays uint8 are images [N, H, W, channels], but these are {list(x.shape)}, as if channels came second. Write "
+                "x.transpose(0, 2, 3, 1) of the array, or give floats, which are used unchanged."
+            )
         self.mean = None if mean is None else torch.tensor(mean)[:, None, None]
         self.std = None if std is None else torch.tensor(std)[:, None, None]
         channels = x.shape[3 if self.is_image else 1] if x.ndim == 4 else 1

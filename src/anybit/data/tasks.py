@@ -380,7 +380,10 @@ class Embedding(Task):
                 "Embeddings are scored on pairs of sentences with different scores. Give at least two (--columns='pair=NAME')."
             )
         if not torch.equal(labels[0::2], labels[1::2]):
-            raise InvalidInput("Embeddings are scored on pairs of sentences, one after the other with one score. Give both the same label.")
+            raise InvalidInput(
+                "Embeddings are scored on pairs of samples, one after the other with one score. Give both the same label, or score them "
+                "with a --metric."
+            )
 
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         from scipy.stats import pearsonr, spearmanr  # importing it would slow every command's start by half
@@ -536,7 +539,7 @@ def _guess_by_labels(outputs: Tensor, labels: Tensor) -> Guess | None:
     several = len(scored.unique()) == 2 or 0 < len(scored) < labels.numel()  # one value alone may be any number
     ones = _one_for_each(outputs, labels) and several and bool(((scored == 0) | (scored == 1)).all())
     likely = {
-        "classification": whole and labels.dim() == 1 and outputs.dim() == 2 and outputs.shape[1] > 1,
+        "classification": whole and labels.dim() == 1 and outputs.dim() == 2 and outputs.shape[1] > 1 and not _are_unit_vectors(outputs),
         "token-classification": whole and outputs.dim() == 3 and labels.shape == outputs.shape[:2] and labels.dim() == 2,
         "segmentation": whole and outputs.dim() > 2 and outputs.shape[1] > 1 and labels.dim() > 1,
         "multi-label": ones,
@@ -575,6 +578,8 @@ def _guess_by_values(outputs: Tensor, classes: int | None = None) -> Guess:
         return Guess("regression", f"{shape} lie between 0 and 1 without sum one: numbers, or a sigmoid at the end (multi-label)")
     if outputs.min() >= 0 and outputs.max() > 0:
         return Guess("regression", f"none of the {shape} is negative, unlike class scores")
+    if _are_unit_vectors(outputs):
+        return Guess("embedding", f"the rows of {shape} have length one")
     if outputs.shape[1] == classes:
         return Guess("classification", f"{shape} have one number per class of the network's num_classes")
     if _are_trained_scores(outputs):
@@ -584,6 +589,11 @@ def _guess_by_values(outputs: Tensor, classes: int | None = None) -> Guess:
 
 LEAST_SCORES = 8
 """Fewest samples whose output values can show whether they are class scores: fewer look alike by chance."""
+
+
+def _are_unit_vectors(outputs: Tensor) -> bool:
+    """Return whether every row has length one, as a network that ends in a normalization gives."""
+    return outputs.shape[1] > 1 and len(outputs) >= LEAST_SCORES and bool(((outputs.double().square().sum(1) - 1).abs() < 1e-3).all())
 
 
 def _are_trained_scores(outputs: Tensor) -> bool:
@@ -617,6 +627,8 @@ def task_of(
     if guess.reason:
         if labels is not None:
             _check_unambiguous(guess.task, labelled.outputs if labelled else outputs, labels, reader)
+            if guess.task == Classification.name and labelled is not None and isinstance(reader, OutputReader):
+                _check_first(reader, labelled.outputs, labels)
         tell("note", note=f"task {guess.task}: {guess.reason}. --task overrides this ({', '.join(TASKS)})")
     one = TASKS[guess.task]
     judged = reader.split(outputs)[0] if isinstance(reader, OutputReader) else outputs
@@ -638,6 +650,24 @@ def _check_unambiguous(task: str, outputs: Tensor, labels: Tensor, reader: Reade
         )
     if not labels.is_complex() and _one_for_each(outputs, labels):
         _check_negative(labels)
+
+
+MOST_AT_CHANCE, LEAST_FOUND = 0.3, 0.3
+"""Of the first output, the largest share of right classes, and the least that another output has more, for labels to be the other's."""
+
+
+def _check_first(reader: OutputReader, outputs: Tensor, labels: Tensor) -> None:
+    """Raise InvalidInput if class numbers are plainly those of another output than the first."""
+    shares = {}
+    for output, scores in zip(reader.outputs, reader.split(outputs), strict=True):
+        if scores.dim() == 2 and len(scores) == len(labels) >= LEAST_SCORES and scores.shape[1] > int(labels.max()):
+            shares[output.name] = float((scores.argmax(1) == labels).double().mean())
+    first, other = reader.outputs[0].name, max(shares, key=lambda name: shares[name], default="")
+    if first in shares and shares[first] <= MOST_AT_CHANCE and shares[other] >= shares[first] + LEAST_FOUND:
+        raise InvalidInput(
+            f"Labels belong to the first output, {first}, which is right on {100 * shares[first]:.0f} % of them; output {other} on "
+            f"{100 * shares[other]:.0f} %. Say which they belong to: --outputs={other} or --outputs={first}."
+        )
 
 
 def _check_negative(labels: Tensor) -> None:

@@ -277,15 +277,10 @@ def verify_folder(
     if only weights are quantized, transformers must compute what the simulation does up to float rounding. If inputs are quantized, codes
     may round differently, and some inputs stay float; the resulting difference is reported, not judged.
     """
+    # Long by its arguments and their documentation.
     path = Path(folder)
     canonical, file = opened(run, model)
-    specs, settings = _read_exported(path)
-    embeddings = {name for name, layer in quantized_layers(canonical.model).items() if not type_of(layer).reads_numbers}
-    exported, files = _exported(canonical, file, any(f"{name}.weight_packed" in specs for name in embeddings))
-    if settings[RUN] != file.sha256:
-        failures = ["The folder was exported from another run than this one, or the run has changed since."]
-    else:
-        failures = _differences(path, specs, settings, exported, files)
+    exported, packs_embeddings, failures = _checked_files(path, canonical, file)
     report: dict[str, Any] = {
         "ok": not failures,
         "failures": failures,
@@ -304,17 +299,10 @@ def verify_folder(
     batches = list(inputs.batches(64))
     check_finite(batches)
     check_metric_on(canonical.model, batches, metric)
-    with tempfile.TemporaryDirectory() as place:
-        if embeddings & set(exported.packed):  # the same network with these in float32
-            report["skipped"]["loading"] = "transformers 5 does not load packed embeddings; outputs are those with them in float32"
-            path = Path(place)
-            _write(path, *_exported(canonical, file, embeddings=False), file)
-        try:
-            loaded = _loaded(path, canonical)
-        except ImportError as error:
-            report["skipped"]["outputs"] = f"transformers does not load the format here: {' '.join(str(error).split())}"
-            tell("result", ok=True, failures=[])
-            return report
+    loaded = _loaded_if_possible(path, canonical, file, packs_embeddings, report["skipped"])
+    if loaded is None:
+        tell("result", ok=True, failures=[])
+        return report
     with redirect_stderr(io.StringIO()):  # unpacking, at the first inputs, prints a progress bar
         there = outputs_of(loaded, batches)
     simulated = outputs_of(canonical.model, batches)
@@ -339,6 +327,34 @@ def _read_exported(path: Path) -> tuple[dict[str, TensorSpec], dict[str, Any]]:
     if not isinstance(settings, dict) or RUN not in settings:
         raise InvalidFile(f"{path} is not a folder that anybit exported. Write one with `anybit export --compressed-tensors`.")
     return specs, settings
+
+
+def _checked_files(path: Path, canonical: Canonical, file: SchemeFile) -> tuple[Packed, bool, list[str]]:
+    """Return (what the run exports to, whether embeddings are packed in it, the differences of the folder from it)."""
+    specs, settings = _read_exported(path)
+    embeddings = {name for name, layer in quantized_layers(canonical.model).items() if not type_of(layer).reads_numbers}
+    exported, files = _exported(canonical, file, any(f"{name}.weight_packed" in specs for name in embeddings))
+    if settings[RUN] != file.sha256:
+        failures = ["The folder was exported from another run than this one, or the run has changed since."]
+    else:
+        failures = _differences(path, specs, settings, exported, files)
+    return exported, bool(embeddings & set(exported.packed)), failures
+
+
+def _loaded_if_possible(
+    path: Path, canonical: Canonical, file: SchemeFile, packs_embeddings: bool, skipped: dict[str, str]
+) -> nn.Module | None:
+    """Return the network as transformers loads it; None if it does not load the format. Add to `skipped` what was left out, and why."""
+    with tempfile.TemporaryDirectory() as place:
+        if packs_embeddings:  # the same network with these in float32
+            skipped["loading"] = "transformers 5 does not load packed embeddings; outputs are those with them in float32"
+            path = Path(place)
+            _write(path, *_exported(canonical, file, embeddings=False), file)
+        try:
+            return _loaded(path, canonical)
+        except ImportError as error:
+            skipped["outputs"] = f"transformers does not load the format here: {' '.join(str(error).split())}"
+            return None
 
 
 def _loaded(path: Path, canonical: Canonical) -> nn.Module:

@@ -11,7 +11,8 @@ from anybit.networks.observed import ObservedNetwork, rounded_to_nearest
 
 
 def try_export(network: ObservedNetwork, batch: Batch, cache: str | Path | bool = True) -> dict[str, Any]:
-    """Return `ok` (None if untested), else the `reason`, and the `integer_layers` and `float_layers` of the file.
+    """Return `ok` (None if untested), else the `reason`, and of the file its `integer_layers`, `float_layers` and `text_length`, the only
+    length of texts that it takes (None: any).
 
     Whether an export fails depends on the network but not on its weights, so that a file of the largest uniform scheme represents all.
     `cache` stores the graph, which the run's own export then reuses.
@@ -28,4 +29,5 @@ def try_export(network: ObservedNetwork, batch: Batch, cache: str | Path | bool 
     except Exception as error:  # torch's exporter runs the network's code, which may raise any error
         return {"ok": False, "reason": str(error) if isinstance(error, AnybitError) else f"{type(error).__name__}: {error}"}
     integer = [name for name in network.names if name in graphs.plan.integer]
-    return {"ok": True, "integer_layers": integer, "float_layers": [name for name in network.names if name not in graphs.plan.integer]}
+    floating = [name for name in network.names if name not in graphs.plan.integer]
+    return {"ok": True, "integer_layers": integer, "float_layers": floating, "text_length": graphs.length}

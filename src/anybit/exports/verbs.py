@@ -14,16 +14,30 @@ import torch
 from torch import nn
 
 from anybit.calls import public
-from anybit.data.batches import Batch, call, check_finite, map_tensors, read_output
+from anybit.data.batches import Batch, call, check_finite, in_evaluation_mode, map_tensors, read_output
 from anybit.data.samples import Samples
 from anybit.data.tasks import Metric, check_metric_on, compare_exported, keeping_task, outputs_of
 from anybit.environment import environment
-from anybit.errors import InvalidInput
+from anybit.errors import InvalidInput, InvalidSetting
 from anybit.exports.formats import check_new_file
 from anybit.files.cache import LIMIT, Cache, open_cache, trim_cache
+from anybit.networks.canonical import Canonical
 from anybit.networks.observed import observe_network
 from anybit.networks.options import LayerOptions
-from anybit.onnx.file import FUNCTIONS, LINEARS, PROBE, exported, ideal_bytes, load, measured_in, outputs, save, session
+from anybit.onnx.file import (
+    FUNCTIONS,
+    LINEARS,
+    PROBE,
+    Exported,
+    check_shapes,
+    exported,
+    ideal_bytes,
+    load,
+    measured_in,
+    outputs,
+    save,
+    session,
+)
 from anybit.onnx.floats import input_tensors, probe_of
 from anybit.onnx.latency import load_table, measure_latency
 from anybit.onnx.latency import save_table as keep_table
@@ -83,6 +97,7 @@ def export(
         "integer_layers": len(graphs.plan.integer),
         "edges": len(set(graphs.plan.edges.values())),
         "measured_edges": list(measured_in(graphs.integer)),
+        "text_length": graphs.length,
     }
     tell("result", **report)
     return report
@@ -95,6 +110,28 @@ def _graphs(cache: str | Path | bool) -> Iterator[Cache]:
     yield graphs
     if graphs.folder is not None and graphs.counts["made"]:
         trim_cache(graphs.folder, LIMIT)
+
+
+def _loaded(model: nn.Module | str, weights: str | Path | None) -> nn.Module:
+    """Return the network, adapted; load it if it is a reference. Raises InvalidSetting if weights are given for a network."""
+    if isinstance(model, str):
+        return load_model(model, None if weights is None else str(weights))
+    if weights is not None:
+        raise InvalidSetting(
+            f"The weights {weights} are for a model given by reference, but a network was given. Load them into it yourself."
+        )
+    return adapted_network(model)
+
+
+def _exported_again(
+    canonical: Canonical, provenance: Mapping[str, str], file: ir.Model, inputs: Samples, cache: str | Path | bool
+) -> Exported:
+    """Export the network in the way that the file was exported, and on the same inputs, so that its cached graph is reused."""
+    properties = file.metadata_props
+    tables, weight_only = properties.get(FUNCTIONS) == "tables", properties.get(LINEARS) == "packed"
+    with _graphs(cache) as graph_cache:
+        example = _first(inputs, EXAMPLES, canonical.model)
+        return exported(canonical, example, provenance, tables, weight_only, measured_in(file), graph_cache)
 
 
 def _first(samples: Samples, count: int, model: nn.Module) -> Batch:
@@ -130,6 +167,7 @@ def verify(
 
     Raises InvalidFile if the file is not one of anybit's, InvalidInput if the data do not fit the network.
     """
+    # Long by its arguments and their documentation.
     path = Path(onnx)
     canonical, file = opened(run, model)
     integer = load(path)
@@ -139,26 +177,21 @@ def verify(
     inputs = first_of(inputs, samples)
     batches = list(inputs.batches(CHECKED))
     check_finite(batches)
+    check_shapes(integer, batches)
     check_metric_on(canonical.model, batches, metric)
     plan([("graph", 3.0), ("kernels and codes", 3.0), ("runtime", 1.0), ("simulation", 1.0)], measured=False)
     enter("graph")
-    properties = integer.metadata_props
-    tables, weight_only = properties.get(FUNCTIONS) == "tables", properties.get(LINEARS) == "packed"
-    with _graphs(cache) as graph_cache:  # on the inputs of the export, whose graph is then reused
-        example = _first(inputs, EXAMPLES, canonical.model)
-        graphs = exported(canonical, example, {RUN: file.sha256}, tables, weight_only, measured_in(integer), graph_cache)
+    graphs = _exported_again(canonical, {RUN: file.sha256}, integer, inputs, cache)
     enter("kernels and codes")
     verdict = verify_file(path, integer, graphs, canonical.model, first)
     report = verdict.to_json() | {"quantized_layers": len(canonical.scheme), "environment": _environment()}
     if not verdict.numbers:  # it could not be run
         tell("result", ok=report["ok"], failures=report["failures"])
         return report
-    running = session(path, torch.get_num_threads())
-    predicted = _predicted(running, canonical.model, batches)
+    predicted = _predicted(session(path, torch.get_num_threads()), canonical.model, batches)
     simulated = outputs_of(graphs.model, track(batches, "simulation"))
-    flips = flipped_codes(graphs, probe_of(first, 8))
     report |= {"inputs": len(inputs)} | compare_exported(simulated, predicted, batches, file.task, metric)
-    report["simulation"]["flipped_codes"] = flips
+    report["simulation"]["flipped_codes"] = flipped_codes(graphs, probe_of(first, 8))
     tell("result", ok=report["ok"], failures=report["failures"], accuracy=report.get("accuracy"))
     return report
 
@@ -205,10 +238,14 @@ def bench(
     """
     canonical, file = opened(run, model)
     inputs = inputs_for(run, file, canonical.model, data)
+    if batch_size > len(inputs):
+        count = len(inputs)
+        raise InvalidSetting(f"--batch-size={batch_size} is more than the data's {count} inputs. Give at most --batch-size={count}.")
     with _graphs(cache) as graph_cache:
         graphs = exported(canonical, _first(inputs, EXAMPLES, canonical.model), cache=graph_cache)
     integer = graphs.integer if onnx is None else load(Path(onnx))
     first = _first(inputs, max(batch_size, PROBE), canonical.model)
+    check_shapes(integer, [first])
     report = measured(graphs.floating, integer, probe_of(first, batch_size), rounds, threads) | {"ideal_bytes": ideal_bytes(canonical)}
     tell("result", **{key: value for key, value in report.items() if key != "environment"})
     return report
@@ -237,11 +274,11 @@ def profile(
     Returns seconds per sample: of each layer, of its boundaries, and of whole networks.
     """
     check_applies(preprocessing, [data])
-    network = load_model(model, None if weights is None else str(weights)) if isinstance(model, str) else adapted_network(model)
+    network = _loaded(model, weights)
     adjusted = with_model_defaults(preprocessing, network, [data])
     samples = load_data(data, adjusted, workers, network) if isinstance(data, str) else as_samples(data, workers, network)
     batch = _first(samples, PROBE, network)
-    ready = observe_network(network.eval(), batch, LayerOptions((8,), (8, None), parsed_keep(keep or {})))
+    ready = observe_network(in_evaluation_mode(network), batch, LayerOptions((8,), (8, None), parsed_keep(keep or {})))
     recorded = None if overwrite else load_table(ready)
     if recorded is None:
         with _graphs(cache) as graph_cache:

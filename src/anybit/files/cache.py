@@ -155,13 +155,13 @@ def open_cache(cache: str | Path | bool) -> Cache:
     return Cache(Path(cache))
 
 
-def report_and_trim(recall: Cache) -> None:
+def report_and_trim(cache: Cache) -> None:
     """Report the reused results, and trim the cache to its limit."""
-    if recall.counts["recalled"]:
-        computed = recall.counts["made"]
-        tell("note", note=f"{recall.counts['recalled']} results reused from the cache, {computed} computed")
-    if recall.folder is not None:
-        trim_cache(recall.folder, LIMIT)
+    if cache.counts["recalled"]:
+        computed = cache.counts["made"]
+        tell("note", note=f"{cache.counts['recalled']} results reused from the cache, {computed} computed")
+    if cache.folder is not None:
+        trim_cache(cache.folder, LIMIT)
 
 
 def digest_of_files(files: Sequence[Path]) -> str:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import logging
 import os
+import stat
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,9 +35,10 @@ def digest(tensors: Mapping[str, Tensor] | Iterable[Tensor]) -> str:
     return whole.hexdigest()
 
 
-def contents_of(value: Any) -> str:
-    """Return the SHA-256 of `value` with its contents; for an opaque value, one that no other value in any process has."""
-    return _digested(value, _Walk(lambda value: f"{_type_name(value)} {os.getpid()} {id(value)}"))
+def contents_of(value: Any, files: bool = False) -> str:
+    """Return the SHA-256 of `value` with its contents; for an opaque value, one that no other value in any process has. `files`: also of
+    the files whose whole paths are among its constants, globals and attributes."""
+    return _digested(value, _Walk(lambda value: f"{_type_name(value)} {os.getpid()} {id(value)}", files=files))
 
 
 def network_contents(model: nn.Module) -> dict[str, str]:
@@ -58,11 +60,13 @@ class _Walk:
     names   id of a module -> its name
     root    a module of a network: its state dict is left out, and so are objects of installed packages, such as a configuration, whose
             effect shows elsewhere
+    files   whether a text or path that names a file stands for the file's bytes
     """
 
     opaque: Callable[[Any], str]
     names: Mapping[int, str] = field(default_factory=dict)
     root: nn.Module | None = None
+    files: bool = False
     around: list[int] = field(default_factory=list)
     known: dict[int, tuple[Any, str]] = field(default_factory=dict)
     whole: Any = field(default_factory=hashlib.sha256)
@@ -76,6 +80,8 @@ class _Walk:
     def add(self, value: Any) -> None:
         if isinstance(value, PLAIN):
             self.put(type(value).__name__, repr(value))
+            if self.files and isinstance(value, (str, Path)):
+                self.put(_file_contents(value))
         elif id(value) in self.around:
             self.put("around", self.around.index(id(value)))
         else:
@@ -104,6 +110,17 @@ def _digested(value: Any, walk: _Walk) -> str:
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _file_contents(name: str | Path) -> str:
+    """Return the SHA-256 of the file of this name, "" if there is none."""
+    try:
+        if not stat.S_ISREG(os.stat(name).st_mode):  # opening a pipe would wait
+            return ""
+        with Path(name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):  # a text that is no path
+        return ""
 
 
 def _type_name(value: Any) -> str:
@@ -162,7 +179,7 @@ def _add_mapping(value: Mapping, walk: _Walk) -> None:
 @_add.register(set)
 @_add.register(frozenset)
 def _add_set(value: Any, walk: _Walk) -> None:
-    walk.put("set", *sorted(_digested(one, _Walk(walk.opaque, walk.names, walk.root)) for one in value))
+    walk.put("set", *sorted(_digested(one, _Walk(walk.opaque, walk.names, walk.root, walk.files)) for one in value))
 
 
 @_add.register

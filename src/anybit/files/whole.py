@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from anybit.errors import AnybitError, InvalidSetting
@@ -73,6 +74,56 @@ def _locked(folder: Path) -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
+        os.close(lock)
+
+
+_claims: ContextVar[frozenset[Path]] = ContextVar("claims", default=frozenset())
+
+
+@contextmanager
+def claimed(path: Path, option: str) -> Iterator[None]:
+    """Keep a file or folder, the user's value of `option`, for the work in the block, which may claim it again.
+
+    Raises InvalidSetting if another process, or another thread, works on it. Where nothing can be locked, nothing is claimed.
+    """
+    try:
+        whole = path.resolve()
+        made = next((folder for folder in reversed(whole.parents) if not folder.exists()), None)
+        place = whole.parent / f"{_stem(whole.name)}.{'0' * 16}.anybit"  # a draft: one that a killed process left is removed later
+        lock = None if whole in _claims.get() else _lock_of(place)
+    except BlockingIOError as error:
+        raise InvalidSetting(f"Another process or thread is writing {path}. Wait until it is done, or choose another {option}.") from error
+    except (OSError, ValueError, RuntimeError):
+        lock = None
+    if lock is None:
+        yield
+        return
+    token = _claims.set(_claims.get() | {whole})
+    try:
+        yield
+    finally:
+        _claims.reset(token)
+        with suppress(OSError):
+            place.rmdir()
+            for folder in whole.parents if made is not None else ():  # made for the claim, and still empty
+                folder.rmdir()
+                if folder == made:
+                    break
+        os.close(lock)
+
+
+def _lock_of(place: Path) -> int:
+    """Make and lock a folder; returns its descriptor. Raises BlockingIOError if another process has locked it."""
+    while True:
+        place.mkdir(parents=True, exist_ok=True)
+        lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if place.exists() and os.stat(place).st_ino == os.fstat(lock).st_ino:  # else its last owner removed it meanwhile
+                return lock
+        except OSError:
+            os.close(lock)
+            raise
         os.close(lock)
 
 

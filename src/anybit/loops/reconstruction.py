@@ -19,7 +19,7 @@ which decides what is trained, and its inputs quantized with ranges whose scales
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol, cast
@@ -223,6 +223,38 @@ def _set_training(layers: Mapping[str, QuantizedLayer], on: bool) -> None:
 # Its two forms
 
 
+@dataclass
+class _CarriedData:
+    """The data of one unit, carried on to later ones.
+
+    sides    the data, in the network quantized so far and in the float network
+    passed   the units since the one that `sides` belong to, which is the first
+    """
+
+    model: nn.Module
+    float_model: nn.Module
+    wiring: Wiring
+    calibration: Calibration
+    settings: ReconstructionSettings
+    sides: list[UnitData] = field(default_factory=list)
+    passed: list[Unit] = field(default_factory=list)
+
+    def reach(self, unit: Unit) -> list[UnitData]:
+        """Return the data of `unit`, from the nearest earlier unit whose data are available or must be captured."""
+        memory, path = self.settings.memory // 2, [*self.passed, unit]  # a unit's tensors and the previous one's are held at once
+        fresh = [at for at, (before, after) in enumerate(pairwise(path), 1) if not self.wiring.feeds(before.name, after.name)]
+        if fresh or not self.sides:
+            path = path[fresh[-1] if fresh else 0 :]
+            self.sides = capture_sides(
+                self.model, self.float_model, path[0], self.calibration, MemoryBudget(memory), self.settings.batch_size
+            )
+        for before, after in pairwise(path):
+            budget = MemoryBudget(memory)
+            self.sides = [carried_side(side, self.model, self.float_model, before, after, self.wiring, budget) for side in self.sides]
+        self.passed = []
+        return self.sides
+
+
 def sequential(
     model: nn.Module,
     float_model: nn.Module,
@@ -243,30 +275,14 @@ def sequential(
     missing, since carried and captured inputs may differ in their last bits.
     """
     report: dict[str, dict[str, float]] = {}
-    sides: list[UnitData] = []
-    through: list[Unit] = []  # the units since the one that `sides` are of, which is the first
-
-    def reach(unit: Unit) -> list[UnitData]:
-        """Return the data of `unit`, from the nearest earlier unit whose data are available or must be captured."""
-        nonlocal sides, through
-        path = [*through, unit]
-        fresh = [at for at, (before, after) in enumerate(pairwise(path), 1) if not wiring.feeds(before.name, after.name)]
-        if fresh or not sides:
-            path = path[fresh[-1] if fresh else 0 :]
-            sides = capture_sides(model, float_model, path[0], calibration, MemoryBudget(settings.memory // 2), settings.batch_size)
-        for before, after in pairwise(path):
-            budget = MemoryBudget(settings.memory // 2)  # this unit's tensors and the previous one's are held at once
-            sides = [carried_side(side, model, float_model, before, after, wiring, budget) for side in sides]
-        through = []
-        return sides
-
+    data = _CarriedData(model, float_model, wiring, calibration, settings)
     for unit in track(units, f"sequential {settings.name if settings.steps else 'solution'}", lambda unit: unit.name):
         cache = cache.keyed(unit.name)  # and on every unit before it
         name = f"sequential {settings.name} of {unit.name}"
         finish = wiring.activation_after(unit.name) or identity
-        fit = partial(_fit_unit, model, float_model, unit, starts, partial(reach, unit), finish, settings)
+        fit = partial(_fit_unit, model, float_model, unit, starts, partial(data.reach, unit), finish, settings)
         report[unit.name] = _cached_unit(name, model, [layer for layer in unit.layers if layer in starts], fit, cache)
-        through.append(unit)
+        data.passed.append(unit)
         tell("unit", unit=unit.name, **report[unit.name])
         give_back()
     return report

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from anybit.data.options import parse_augmentations
-from anybit.settings import Settings, documented, option
+from anybit.settings import Need, Settings, documented, option
 
 SEEDS = 2**32
 """Largest magnitude of a seed; the loop derives a 64-bit seed for each epoch from it."""
@@ -32,3 +32,12 @@ class TrainSettings(Settings):
 
     def check(self) -> None:
         parse_augmentations(self.augment)
+
+    def needs(self) -> list[Need]:
+        shifts = any(name == "crop" for name, _ in parse_augmentations(self.augment))
+        parts = parse_augmentations(self.augment)
+        change = ("crop", 0) not in parts and len({name for name, _ in parts}) == len(parts)
+        return [
+            Need(("augment",), change, "as a whole: a shift of 0 changes nothing, and each kind counts once", "--augment=flip,crop4"),
+            Need(("border",), shifts, "without shifted images", "--augment=crop4"),
+        ]

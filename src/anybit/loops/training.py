@@ -10,6 +10,7 @@ process's own share of a batch; running statistics are averaged after every epoc
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -31,6 +32,9 @@ from anybit.loops.trainee import SMALLEST_GAMMA, Trainee
 from anybit.networks.norms import BATCH_NORMS
 from anybit.progress import inside, tell, track
 
+UPDATE = 3
+"""Forward passes equal to an update of a sample."""
+
 
 def train_epochs(
     trainee: Trainee,
@@ -42,13 +46,14 @@ def train_epochs(
     checkpoint: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     watch: Callable[[], dict[str, Any]] | None = None,
+    passes: int = 0,
 ) -> list[dict[str, Any]]:
     """Train in place; returns one record per epoch.
 
     teacher     the float model, for distillation
     positive    parameters that are kept above zero
     checkpoint  file that is written after every epoch, and resumed from if it exists; `identity` are the settings that must agree
-    watch       called after each epoch; its result is added to the record
+    watch       called after each epoch; its result is added to the record. `passes` is how many samples it passes forward, for the progress
     """
     if settings.half and emulates_bfloat16(next(trainee.model.parameters()).device):
         tell("note", note="this processor emulates bfloat16, which is slower than float32: leave --half out")
@@ -59,9 +64,13 @@ def train_epochs(
     records: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
         records = resume_checkpoint(checkpoint, trainee, run.optimizer, identity or {})
+    share = UPDATE * len(samples) / (UPDATE * len(samples) + passes)  # of an epoch's time in its updates
     for epoch in track(range(len(records), settings.epochs), "training", lambda epoch: f"epoch {epoch + 1}"):
-        record = {"epoch": epoch + 1, **_epoch(run, samples, epoch), **trainee.summary()}
+        began = time.monotonic()
+        record = {"epoch": epoch + 1, **_epoch(run, samples, epoch, share), **trainee.summary()}
+        trained = time.monotonic()
         records.append(record | (watch() if watch else {}))
+        share = (trained - began) / max(time.monotonic() - began, 1e-9)
         tell("epoch", **records[-1], note=summary(records[-1], settings.epochs))
         if checkpoint is not None and rank() == 0:
             save_checkpoint(checkpoint, trainee, run.optimizer, records, identity or {})
@@ -84,12 +93,12 @@ class _Run:
     checkpoint: Path | None
 
 
-def _epoch(run: _Run, samples: Samples, epoch: int) -> dict[str, Any]:
-    """Run one epoch; returns mean loss and, for a classifier with labels, training accuracy in percent."""
+def _epoch(run: _Run, samples: Samples, epoch: int, share: float = 1.0) -> dict[str, Any]:
+    """Run one epoch, whose steps take `share` of its time; returns mean loss and, of labelled classes, training accuracy in percent."""
     model = run.trainee.model.train()
     results: list[Tensor] = []
     for step, batch in enumerate(_all_of(epoch_batches(samples, run.settings, epoch), run.steps, epoch)):
-        inside(step, run.steps)
+        inside(share * step, run.steps)
         results.append(_step(run, channels_last(batch), (epoch + step / run.steps) / run.settings.epochs))
         if not torch.isfinite(results[-1]).all():
             task, penalty, _ = results[-1].tolist()

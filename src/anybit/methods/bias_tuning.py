@@ -1,6 +1,6 @@
 """Bias tuning: train the biases of a quantized network towards the float network's outputs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,14 @@ def tune_biases(
     """
     layers = {name: layer for name, layer in quantized_layers(model).items() if isinstance(layer.weight_quantizer, UniformQuantizer)}
     slots = {name: (layer.weight_quantizer, layer.input_quantizer) for name, layer in layers.items()}
-    before = distance(outputs_of(model, held_out), held_out_reference, task)
+
+    def loss() -> float:
+        return distance(outputs_of(model, held_out), held_out_reference, task)
+
+    def add_gradients(index: int) -> None:
+        _add_gradients(model, fitting[index], references[index], task, settings.part)
+
+    before = loss()
     result = {"before": before, "after": before, "epochs": 0}
     if settings.scales:
         _free_scales(layers.values())
@@ -70,26 +77,7 @@ def tune_biases(
         return result
     for parameter in parameters:
         parameter.requires_grad_(True)  # the user's network may have frozen parameters
-    optimizer = torch.optim.Adam(parameters, lr=settings.rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * len(fitting))
-    generator = torch.Generator().manual_seed(settings.seed)
-    best = [parameter.detach().clone() for parameter in parameters]
-    for epoch in track(range(1, settings.epochs + 1), "bias tuning", lambda epoch: f"epoch {epoch}"):
-        for index in torch.randperm(len(fitting), generator=generator).tolist():
-            optimizer.zero_grad()
-            _add_gradients(model, fitting[index], references[index], task, settings.part)
-            optimizer.step()
-            schedule.step()
-        after = distance(outputs_of(model, held_out), held_out_reference, task)
-        tell("tuning", epoch=epoch, loss=after)
-        if after < result["after"]:
-            result |= {"after": after, "epochs": epoch}
-            best = [parameter.detach().clone() for parameter in parameters]
-        elif epoch - result["epochs"] >= settings.patience:
-            break
-    with torch.no_grad():
-        for parameter, kept in zip(parameters, best, strict=True):
-            parameter.copy_(kept)
+    result |= _descend(parameters, add_gradients, loss, before, len(fitting), settings)
     if settings.scales and result["epochs"]:
         for layer in layers.values():
             freeze_slots(layer)
@@ -97,6 +85,39 @@ def tune_biases(
         for name, layer in layers.items():
             layer.weight_quantizer, layer.input_quantizer = slots[name]
     return result
+
+
+def _descend(
+    parameters: Sequence[nn.Parameter],
+    add_gradients: Callable[[int], None],
+    loss: Callable[[], float],
+    before: float,
+    batches: int,
+    settings: BiasTuningSettings,
+) -> dict[str, float]:
+    """Train the parameters, in place, on batches 0 to `batches`, and leave them at their least held-out loss; return it and its epoch."""
+    optimizer = torch.optim.Adam(parameters, lr=settings.rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
+    generator = torch.Generator().manual_seed(settings.seed)
+    best = [parameter.detach().clone() for parameter in parameters]
+    least, best_epoch = before, 0
+    for epoch in track(range(1, settings.epochs + 1), "bias tuning", lambda epoch: f"epoch {epoch}"):
+        for index in torch.randperm(batches, generator=generator).tolist():
+            optimizer.zero_grad()
+            add_gradients(index)
+            optimizer.step()
+            schedule.step()
+        after = loss()
+        tell("tuning", epoch=epoch, loss=after)
+        if after < least:
+            least, best_epoch = after, epoch
+            best = [parameter.detach().clone() for parameter in parameters]
+        elif epoch - best_epoch >= settings.patience:
+            break
+    with torch.no_grad():
+        for parameter, value in zip(parameters, best, strict=True):
+            parameter.copy_(value)
+    return {"after": least, "epochs": best_epoch}
 
 
 def _add_gradients(model: nn.Module, batch: Batch, reference: Tensor, task: Task | str, part: int | None) -> None:

@@ -8,7 +8,7 @@ from anybit.budget import own_costs
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS
 from anybit.numerics.bits import check_bits
-from anybit.settings import Settings, Text, documented, option
+from anybit.settings import Need, Settings, Text, documented, option
 
 RATE = 1e-3
 GATES = ("soft", "straight-through")
@@ -97,7 +97,12 @@ class LSQSettings(Settings):
 
 def parse_factors(text: str) -> dict[int, float]:
     """Parse "2=0.1,4=0.3" into bit-width -> factor."""
-    return {int(bits): float(factor) for bits, factor in (part.split("=") for part in text.split(","))} if text else {}
+    factors: dict[int, float] = {}
+    for bits, factor in (part.split("=") for part in text.split(",")) if text else ():
+        if int(bits) in factors:
+            raise InvalidSetting(f"{int(bits)} bits are given twice. Keep one factor for each bit-width.")
+        factors[int(bits)] = float(factor)
+    return factors
 
 
 FACTORS = Text(
@@ -142,6 +147,13 @@ class MultiQuantSettings(Settings):
         for bits in self.step_rates:
             check_bits(bits, "step_rates: bit-width")
 
+    def needs(self) -> list[Need]:
+        return [
+            Need(("label_weight",), self.label != "one-hot", "with one-hot labels", "--label=adaptive or --label=teacher"),
+            Need(("middle",), "R" in self.sandwich, "in a sandwich without R", "--sandwich=HRL"),
+            Need(("label",), self.label != "teacher" or len(self.sandwich) > 1, "with one network in the sandwich", "--sandwich=HRL"),
+        ]
+
 
 @documented
 @dataclass(frozen=True)
@@ -165,6 +177,10 @@ class SearchSettings(Settings):
     population: int = option(100, "Schemes per generation of the genetic search.", least=4, most=10**5, command_line=False)
     generations: int = option(30, "Generations of the genetic search.", least=1, most=10**6, command_line=False)
     mutation: float = option(0.1, "Probability that a layer of a child is redrawn.", above=0, most=1, command_line=False)
+
+    def needs(self) -> list[Need]:
+        drawn = ("explored", "rounds", "targets", "population", "generations", "mutation", "seed")
+        return [Need(drawn, self.strategy != "integer-program", "with --strategy=integer-program, which draws nothing")]
 
     @classmethod
     def recorded(cls, report: Mapping[str, Any]) -> Any:

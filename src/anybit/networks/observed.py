@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, evaluating, predict, read_output
+from anybit.data.batches import Batch, evaluating, in_evaluation_mode, predict, read_output
 from anybit.data.outputs import OutputReader
 from anybit.errors import SchemeMismatch, UnsupportedModel
 from anybit.networks import batchnorm
@@ -18,7 +18,15 @@ from anybit.networks.edges import with_edges
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import check_float32, check_plain_use, coverage, float_weight, prepare, quantized_layers
 from anybit.networks.options import LayerOptions, group_sizes, layer_choices
-from anybit.networks.refusals import changed, check_differentiable, check_network, check_outputs, moving_state, observed_pass
+from anybit.networks.refusals import (
+    changed,
+    check_curvature,
+    check_differentiable,
+    check_network,
+    check_outputs,
+    moving_state,
+    observed_pass,
+)
 from anybit.networks.rewrites import calls_functions, rewritten
 from anybit.networks.states import check_finite_weights, check_sizes, restore, state_of
 from anybit.networks.wiring import Unit, Wiring
@@ -94,9 +102,8 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     check_network(model)
     check_finite_weights(model)
     covered, _ = coverage(model)
-    check_float32(
-        model, [name for name in covered if name not in options.float_layers(covered)]
-    )  # before a mismatched type makes the network reject its input
+    # Before a mismatched type makes the network reject its input.
+    check_float32(model, [name for name in covered if name not in options.float_layers(covered)])
     before = state_of(model)
     first = observed_pass(model, example)
     if calls_functions(model, first.wiring):
@@ -129,10 +136,12 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     costs = CostModel.of(prepared, names, wiring, len(wiring.edges()), model)
     if options.gradients:
         check_differentiable(prepared, [unit.name for unit in units if unit.name not in names], example)
+    unread = unread_layers(folded, wiring, [name for name in names if choices[name] != [FLOAT]], example)
+    if options.curvature:
+        check_curvature(prepared, [name for name in names if len(choices[name]) > 1 and name not in unread], example)
     return ObservedNetwork(
-        model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving, unfolded,
-        unread_layers(folded, wiring, [name for name in names if choices[name] != [FLOAT]], example),
-    )  # fmt: skip
+        model, folded, prepared, wiring, norms, fold.promised, choices, uncovered, units, costs, options, moving, unfolded, unread
+    )
 
 
 @torch.no_grad()
@@ -215,4 +224,4 @@ def rounded_to_nearest(network: ObservedNetwork, batches: Sequence[Batch], schem
             candidates.weights[name, bits] = weight_candidate(layers[name], bits, "minmax")
         if bits := precision.activation_bits:
             candidates.activations[name, bits] = activation_candidate(samples[name], bits, "minmax")
-    return apply_scheme(network.prepared, scheme, candidates).eval()
+    return in_evaluation_mode(apply_scheme(network.prepared, scheme, candidates))

@@ -17,7 +17,7 @@ class LayerOptions:
     keep       shell pattern on layer names -> precision, overriding the above
     group      number of inputs that share a weight scale, in linears and embeddings; None: one scale per channel
     unit       what is reconstructed as a whole, "block" or "layer"; `blocks` names the blocks instead of detecting them
-    gradients  whether the network must be differentiable, which is checked before the work
+    gradients  whether the network must be differentiable, which is checked before the work; `curvature`: twice, in every layer
     """
 
     weight_bits: Sequence[int]
@@ -27,6 +27,7 @@ class LayerOptions:
     unit: str = "block"
     blocks: Sequence[str] | None = None
     gradients: bool = False
+    curvature: bool = False
 
     def float_layers(self, names: Sequence[str]) -> list[str]:
         """Return the names of layers whose weights stay float."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -22,6 +23,7 @@ from anybit.data.batches import Batch, evaluating, not_plain, predict
 from anybit.data.outputs import named_tensors
 from anybit.errors import AnybitError, UnsupportedModel, some
 from anybit.networks.layer_types import COVERED, type_of
+from anybit.networks.layers import float_weight
 from anybit.networks.states import STORED_TYPES
 from anybit.networks.wiring import Wiring, observe_outputs
 
@@ -148,7 +150,7 @@ def moving_state(
     for key in moved:
         if key in parameters:
             raise UnsupportedModel(
-                f"A pass in evaluation mode changes {key}, so that its codes would not stay valid. Let {_owner(key)} change it in training "
+                f"A pass in evaluation mode changes {key}, so its codes would not stay valid. Let {_owner(key)} change it in training "
                 "mode only (for an embedding: max_norm=None)."
             )
     if name is not None:
@@ -252,6 +254,32 @@ def check_differentiable(model: nn.Module, blocks: Iterable[str], example: Batch
             f"{place} lets no gradient through (no_grad, inference_mode or detach inside it), and only --pipeline=light works without one. "
             "Remove it from the forward, or calibrate with --pipeline=light."
         )
+
+
+def check_curvature(model: nn.Module, names: Sequence[str], example: Batch) -> None:
+    """Raise UnsupportedModel if the outputs have no second derivatives, or none by a weight of these layers of a prepared model."""
+    trial = copy.deepcopy(model)
+    layers = {name: trial.get_submodule(name) for name in names}
+    weights = {name: float_weight(layer) for name, layer in layers.items() if type_of(layer).has_weights}
+    if not weights:
+        return
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    instead = "Hessian traces need second derivatives. Measure the sensitivity instead: --sensitivity=measured."
+    try:
+        with torch.enable_grad(), evaluating(trial), sdpa_kernel([SDPBackend.MATH]):  # fused attention has first derivatives alone
+            output = predict(trial, example)
+            cut = list(weights)[:1] if not output.requires_grad else []
+            if not cut:
+                gradients = torch.autograd.grad(output.square().sum(), list(weights.values()), create_graph=True, allow_unused=True)
+                cut = [name for name, gradient in zip(weights, gradients, strict=True) if gradient is None]
+                torch.stack([gradient.sum() for gradient in gradients if gradient is not None]).sum().backward()
+    except AnybitError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(f"The network cannot be differentiated twice: {_first_sentence(error)} {instead}") from error
+    if cut:
+        raise UnsupportedModel(f"No gradient reaches layer {cut[0]} (no_grad, inference_mode or detach after it). {instead}")
 
 
 @contextmanager

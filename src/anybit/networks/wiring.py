@@ -390,9 +390,6 @@ def observe_outputs(model: nn.Module, batch: Batch, on_value: Callable[[str, Ten
 def _remedy(message: str, inputs: Sequence[Tensor], model: nn.Module) -> str:
     """Return what to do about inputs that a network refuses with this message."""
     channels = re.search(r"to have (\d+) channels, but got (\d+) channels", message)
-    shapes = [tuple(map(str, one.shape)) for one in inputs if one.dim() == 4]
-    if channels and any(shape[2] == channels[1] != shape[1] == channels[2] for shape in shapes):
-        return "uint8 arrays are read as images [N, H, W, C]: give those of [N, C, H, W] as x.transpose(0, 2, 3, 1)."
     if channels and channels.groups() == ("1", "3"):
         return "Give grey images: of one channel, or as an array uint8 [N, H, W]."
     if channels and channels.groups() == ("3", "1"):

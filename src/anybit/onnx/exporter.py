@@ -1,10 +1,10 @@
-"""A network as a graph by torch's exporter, with what it lacks for networks as people write them.
+"""A network's graph by torch's exporter, with workarounds for what the exporter refuses or loses.
 
-outputs     tensors in any containers, beside texts and numbers
-names       of modules that are no names in Python
-autocast    regions that turn it off where it is off hide which layer an operator belongs to
-experts     a grouped product has no operator: experts are gathered for each token
-batch       all inputs have one batch, `len(x)` and the sizes of `x.chunk(n)` follow it
+outputs     tensors may be in any containers, besides texts and numbers
+names       modules may have names that are not Python identifiers
+autocast    regions that turn autocast off where it is off already are left out: they hide which layer an operator belongs to
+experts     a grouped product has no operator, so experts are gathered for each token
+batch       all inputs have the same batch size; `len(x)` and the sizes of `x.chunk(n)` follow it
 """
 
 import inspect

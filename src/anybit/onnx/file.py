@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch
+from anybit.data.batches import Batch, in_evaluation_mode
 from anybit.errors import InvalidFile, InvalidInput, InvalidSetting, UnsupportedModel
 from anybit.files.cache import Cache
 from anybit.files.strict import in_words, json_text, parse_json, validated
@@ -67,6 +67,7 @@ class Exported:
     """integer   the graph that is written;   floating  the same network in float32;   plan  the writer's plan
     model     the canonical model with the edges rounded that the file rounds, its simulation
     edges     rounded edge -> value of the integer graph with its codes;   inputs  layer -> values with its operands' codes
+    length    the only length of texts that the graphs take, to which the network's forward fixes them; None: any
     """
 
     integer: ir.Model
@@ -75,6 +76,7 @@ class Exported:
     model: nn.Module
     edges: Mapping[str, str]
     inputs: Mapping[str, Sequence[str]]
+    length: int | None = None
 
 
 def exported(
@@ -93,8 +95,8 @@ def exported(
     measured     ranges of rounded edges that the run lacks, as an earlier export measured them
     cache        stores PyTorch's exported graph for this network, whatever its weights
     """
-    model = canonical.model.cpu().eval()
-    plain, layers = emptied(model).eval(), quantized_layers(model)
+    model = in_evaluation_mode(canonical.model.cpu())
+    plain, layers = in_evaluation_mode(emptied(model)), quantized_layers(model)
     probe = probe_of(example, PROBE)
     rounded = [name for name, layer in layers.items() if layer.weight_quantizer is not None or layer.input_quantizer is not None]
     floating, values = float_graph(plain, example, probe, layers, rounded, cache)
@@ -118,7 +120,15 @@ def exported(
     metadata = {**(metadata or {}), FUNCTIONS: "tables" if tables else "float", LINEARS: "packed" if weight_only else "unpacked"}
     metadata[MEASURED] = json_text(dict(measured or {}))
     written = write_graph(model, floating, plan, metadata, weight_only)
-    return Exported(written.graph, floating, plan, model, written.edges, written.inputs)
+    return Exported(written.graph, floating, plan, model, written.edges, written.inputs, text_length(floating, example))
+
+
+def text_length(graph: ir.Model, example: Batch) -> int | None:
+    """Return the length of padded texts if the graph takes no other; None if it takes any, or no texts."""
+    length = None if example.mask is None else example.mask.shape[1]
+    pairs = zip(graph.graph.inputs, input_tensors(example), strict=True)
+    sizes = [value.shape[1] for value, tensor in pairs if value.shape is not None and tensor.dim() > 1 and tensor.shape[1] == length]
+    return length if any(isinstance(size, int) for size in sizes) else None
 
 
 def ideal_bytes(canonical: Canonical) -> int:
@@ -222,6 +232,18 @@ def outputs(running: Any, batches: Iterable[Batch], names: Sequence[str] | None 
         except Exception as error:  # as above
             raise InvalidInput(f"ONNX Runtime rejects the inputs: {' '.join(str(error).split())}") from error
     return [part[0] if len(part) == 1 else np.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+def check_shapes(model: ir.Model, batches: Iterable[Batch]) -> None:
+    """Raise InvalidInput if the file does not take tensors of these sizes."""
+    for batch in batches:
+        for value, array in zip(model.graph.inputs, _feeds([name_of(value) for value in model.graph.inputs], batch).values(), strict=True):
+            sizes = list(value.shape or array.shape)
+            if len(sizes) != array.ndim or any(isinstance(size, int) and size != own for size, own in zip(sizes, array.shape, strict=True)):
+                raise InvalidInput(
+                    f"The file takes {name_of(value)} of the shape [{', '.join(map(str, sizes))}], and a batch of the data has "
+                    f"{list(array.shape)}. Give data of the sizes of the export, with every text padded to that length."
+                )
 
 
 def _feeds(names: Sequence[str], batch: Batch) -> dict[str, np.ndarray]:

@@ -63,11 +63,9 @@ def float_graph(
     left_out = _left_out(wiring)
     weights = {name: float_weight(plain.get_submodule(name)).detach().numpy() for name in layers}
     rounded = [name for name in rounded if name not in left_out]
-    recurrent = {name: weights[name] for name in rounded if isinstance(plain.get_submodule(name), RecurrentWeight)}
     inputs = map_tensors(example.inputs, lambda tensor: tensor[:2] if len(tensor) > 1 else torch.cat([tensor, tensor]))
     length = None if example.mask is None else example.mask.shape[1]
     key, state = _key(plain, inputs, length), state_of(plain)
-    aliases = _aliases(plain)
 
     def attempt(cache: Cache) -> tuple[ir.Model, dict[str, np.ndarray]] | None:
         """Return the graph and its values; None if a cached graph does not fit the network."""
@@ -80,11 +78,7 @@ def float_graph(
 
         try:
             graph = cached_graph(key, export, state, cache)
-            _tidy(graph, weights, aliases)
-            values = values_on(graph, input_tensors(probe))
-            fold_weights(graph, values)
-            check_graph(plain, graph, values, probe, [name for name in rounded if name not in recurrent])
-            _check_recurrent(graph, recurrent)
+            values = _checked_values(plain, graph, probe, weights, rounded)
         except Exception:  # many kinds, if the graph was exported for other inputs
             if new:
                 raise
@@ -97,6 +91,19 @@ def float_graph(
         checked = attempt(Cache())
     assert checked is not None  # a new graph passes or raises
     return checked
+
+
+def _checked_values(
+    plain: nn.Module, graph: ir.Model, probe: Batch, weights: Mapping[str, np.ndarray], rounded: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Tidy the exported graph, in place, and check it against the network; return its values on `probe`."""
+    recurrent = {name: weights[name] for name in rounded if isinstance(plain.get_submodule(name), RecurrentWeight)}
+    _tidy(graph, weights, _aliases(plain))
+    values = values_on(graph, input_tensors(probe))
+    fold_weights(graph, values)
+    check_graph(plain, graph, values, probe, [name for name in rounded if name not in recurrent])
+    _check_recurrent(graph, recurrent)
+    return values
 
 
 def _left_out(wiring: Wiring) -> set[str]:
@@ -258,7 +265,7 @@ def values_on(model: ir.Model, inputs: Sequence[Tensor]) -> dict[str, np.ndarray
 def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarray], probe: Batch, quantized: Iterable[str]) -> None:
     """Raise UnsupportedModel if the graph does not compute what `plain` does on the probe inputs.
 
-    Exporters have gaps; and a layer's class may have a forward that does more than the layer's operator, so that the operator's operands
+    Exporters have gaps; and a layer's class may have a forward that does more than the layer's operator, so the operator's operands
     are not what the quantizers round. `quantized` names the layers with quantizers.
     """
     inputs: dict[str, list[np.ndarray]] = {name: [] for name in quantized}
@@ -287,7 +294,7 @@ def check_graph(plain: nn.Module, graph: ir.Model, values: Mapping[str, np.ndarr
         if (other and not nodes) or not all(any(_reads(node, taken, values) for node in nodes) for taken in calls):
             raise UnsupportedModel(
                 f"{name}: the forward of {type(plain.get_submodule(name)).__name__} does not compute with its weight and input as they "
-                f"are, so that an integer kernel cannot take its place. Keep the layer float: --keep='{name}=float'."
+                f"are, so an integer kernel cannot take its place. Keep the layer float: --keep='{name}=float'."
             )
 
 

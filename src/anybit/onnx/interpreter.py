@@ -130,15 +130,8 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor], runtime: Mapping[st
         fixed = all(value is None or name_of(value) in constants for value in node.inputs)
         if fixed:
             constants.update(name_of(value) for value in node.outputs)
-        settings = {name: attribute.value for name, attribute in node.attributes.items()}
-        operator = _OPERATORS.get(node.op_type) if len(node.outputs) == 1 else None
-        results = [] if operator is None else [operator(operands, settings)]
-        if not results or results[0] is None:
-            results = _in_float(node, [None if value is None else _plain(value) for value in operands], versions)
-            arithmetic = not fixed and any(result.is_floating_point() for result in results)
-        else:
-            arithmetic = not fixed and node.op_type in ARITHMETIC and isinstance(results[0], Tensor)
-        if arithmetic:
+        results, arithmetic = _computed(node, operands, versions)
+        if arithmetic and not fixed:
             done.in_float.append(name_of(node))
             done.floats.update(name_of(value) for value in node.outputs)
         inexact = any(value is not None and name_of(value) in done.floats for value in node.inputs)
@@ -156,6 +149,17 @@ def interpret(model: ir.Model, inputs: Mapping[str, Tensor], runtime: Mapping[st
     done.values = {name: _plain(value) for name, value in held.items() if name not in constants}
     done.constants = {name: _plain(held[name]) for name in constants}
     return done
+
+
+def _computed(node: ir.Node, operands: list[Any], versions: tuple[int, int]) -> tuple[list[Any], bool]:
+    """Return the node's results, and whether it computed them by float arithmetic."""
+    settings = {name: attribute.value for name, attribute in node.attributes.items()}
+    operator = _OPERATORS.get(node.op_type) if len(node.outputs) == 1 else None
+    result = None if operator is None else operator(operands, settings)
+    if result is not None:
+        return [result], node.op_type in ARITHMETIC and isinstance(result, Tensor)
+    results = _in_float(node, [None if value is None else _plain(value) for value in operands], versions)
+    return results, any(one.is_floating_point() for one in results)
 
 
 def _summed_in_float(value: ir.Value | None, held: Mapping[str, Any]) -> str | None:
@@ -324,6 +328,7 @@ def _product(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
 def _global_average(inputs: list[Any], settings: Mapping[str, Any]) -> Any:
     (x,) = inputs
     if not isinstance(x, Codes):
+        x = _plain(x)
         return x.mean(tuple(range(2, x.dim())), keepdim=True)
     axes, count = tuple(range(2, x.codes.dim())), float(f32(x.codes[0, 0].numel()))
     total = x.offsets().sum(axes, keepdim=True)

@@ -1,4 +1,4 @@
-"""Which tensors of the float graph become which integers: the canonical model's quantizers and rounded edges, mapped to the graph.
+"""Plan which tensors of the float graph become which integers: the canonical model's quantizers and rounded edges, mapped to the graph.
 
     a rounded edge             chosen by `networks.integers`; its value in the graph is identified by its numbers
     an integer layer's input   its own quantizer if it is not an edge

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from anybit.calls import public
 from anybit.progress import Listener, Moment, is_watched, listening
 from anybit.reports.words import duration
 from anybit.wording import in_python
@@ -39,6 +40,7 @@ def shown_progress(bars: bool) -> Iterator[tuple[Listener | None, Callable[[str]
         yield show, partial(console.print, markup=False, highlight=False)
 
 
+@public
 @contextmanager
 def show_progress() -> Iterator[None]:
     """Show the progress of the calls inside the block: `with anybit.show_progress(): anybit.calibrate(...)`. Notebooks always show it."""

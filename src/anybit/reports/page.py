@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
     @property
     def numeric(self) -> list[bool]:
-        """Whether each column has only numbers, which are aligned at their right."""
+        """Return whether each column has only numbers, which are aligned to the right."""
         columns = ([row[place] for row in self.rows if row[place]] for place in range(len(self.columns)))
         return [place > 0 and bool(cells) and all(map(NUMBER.fullmatch, cells)) for place, cells in enumerate(columns)]
 

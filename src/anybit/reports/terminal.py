@@ -186,7 +186,7 @@ def print_search(report: Report, front: bool = True) -> None:
         columns = [report["quantity"], report["score"], "measured again", "proposed by"]
         print_table("Pareto front (held-out inputs; measured again on others)", columns, rows)
     ranked = "" if report["rank_correlation"] is None else f", rank correlation of the predictor {report['rank_correlation']:.3f}"
-    print_line(f"hypervolume {report['hypervolume']['value']:.4g}{ranked}, {report['recalled']} results recalled")
+    print_line(f"hypervolume {report['hypervolume']['value']:.4g}{ranked}, {report['recalled']} results reused")
     for budget, row in report["budgets"].items():
         timed = f", {milliseconds(row['latency'])} predicted" if "latency" in row else ""
         print_line(f"{budget}: {row['weight_bits']:.2f} bits, {human_bytes(row['bytes'])}, {human_count(row['bops'])} BOPs{timed}")
@@ -217,7 +217,16 @@ def export_line(trial: Report) -> str:
         return f"{'ONNX export not tried' if trial['ok'] is None else 'ONNX export fails'}: {trial['reason']}"
     integer, floating = trial["integer_layers"], trial["float_layers"]
     some = f"{len(integer)} of {len(integer) + len(floating)} layers on integers, in float: {', '.join(floating)}"
-    return f"ONNX export: {some if floating else 'every layer on integers'}."
+    fixed = f" {length_line(trial['text_length'])}" if trial["text_length"] else ""
+    return f"ONNX export: {some if floating else 'every layer on integers'}.{fixed}"
+
+
+def length_line(length: int) -> str:
+    """Return that a file takes texts of one length only."""
+    return (
+        f"The file takes texts of {length} tokens only, padding included: the forward takes their length as a number of Python, as in "
+        f"int(x.shape[1]). Pad every text to {length} tokens, or let the forward use x.shape[1] as it is."
+    )
 
 
 def _print_layers(inspection: Report, ran: bool) -> None:
@@ -320,6 +329,8 @@ def print_file(report: Mapping[str, Any], details: bool = True) -> None:
     if details and report["measured_edges"]:
         count = len(report["measured_edges"])
         print_line(f"{count} tensors between operators have no range in the run; their ranges were measured on the inputs of this export.")
+    if report["text_length"]:
+        print_line(length_line(report["text_length"]))
 
 
 def print_folder(exported: Report, details: bool = True) -> None:

@@ -1,7 +1,8 @@
 """Meet new budgets from the stored candidates and sensitivity table of a calibrate run."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from anybit.networks.observed import ObservedNetwork, observe_network
 from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads import expected
-from anybit.roads.calibrate import finish
+from anybit.roads.calibrate import finish, tell_of_drop
 from anybit.roads.inputs import check_metric_has_labels, checked_tests, example_of, on_device, read_alike
 from anybit.roads.keys import data_digest, key_of_run, metric_digest, weights_digest
 from anybit.roads.latencies import with_latencies
@@ -37,7 +38,7 @@ from anybit.runs.candidates import read_candidates
 from anybit.runs.fingerprint import check_float
 from anybit.runs.folder import runs_in
 from anybit.runs.opened import float_model_of, followed_reference, recorded_data
-from anybit.runs.scheme_file import read_scheme
+from anybit.runs.scheme_file import SchemeFile, read_scheme
 from anybit.sources.callables import absolute
 from anybit.sources.inputs import compared, samples_from
 from anybit.sources.labels import task_of_labels
@@ -70,11 +71,13 @@ def allocate(
 
     Raises InfeasibleBudget if no scheme fits, SchemeMismatch if the model is another, and InvalidFile if the run has no valid candidates.
     """
+    # Long, because it is the list of the road's stages, each of which needs results of those before it.
     limits = Budget.parse(budget)
     folder = next(iter(runs_in(Path(run))), Path(run))  # runs of one calibrate share their candidates: any of them works
     file = read_scheme(folder)
     float_model = float_model_of(folder, file, model)
-    check_float(folder, file.fingerprint, float_model)
+    with _naming_weights(file, model):
+        check_float(folder, file.fingerprint, float_model)
     float_model = on_device(float_model, device)
     shapes = {name: (record.rows, record.columns) for name, record in file.layers.items()}
     candidates, saved = read_candidates(folder, shapes)
@@ -102,12 +105,13 @@ def allocate(
         if settings.mirror:
             calibration = mirrored(calibration)
         network = with_latencies(
-            observe_network(float_model, example_of(calibration), replace(settings.options, gradients=False)), [limits]
+            observe_network(float_model, example_of(calibration), replace(settings.options, gradients=False, curvature=False)), [limits]
         )
         check_memory(network, calibration, replace(settings, sequential=False, parallel=False, bias_tuning=False), floor=0)
         _check_shapes(network, shapes, folder)
         check_saved(network, candidates, table, saved["choices"], place)
-        _check_weights(network, saved.get("network"), folder)
+        with _naming_weights(file, model):
+            _check_weights(network, saved.get("network"), folder)
         notes = [] if data is not None or batch_size is not None else _notes_on_data(calibration, saved.get("data"), folder)
         if set(candidates.edges) != set(network.wiring.edges()):  # a run that rounded none
             candidates = replace(candidates, edges=edge_candidates(network, calibration, settings))
@@ -127,14 +131,14 @@ def allocate(
     tested = 0 if tests is None else len(tests)
     plan(expected.Calibration.of_network(network, light, calibration.count(), tested, 1, forward).of_allocation())
     if metric is not None and labels is not None:
-        judge.of_outputs(reference)  # a failing metric raises before the work
+        tell_of_drop([limits], metric, judge.of_outputs(reference)["metric"])  # a failing metric raises before the work
     float_test = None if tests is None else float_tested(network, tests, task, metric, settings.batch_size, clock)
-    bench = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets, float_test=float_test, notes=notes)
+    state = CalibrationState(network, calibration, light, candidates, candidates, table, judge, targets, float_test=float_test, notes=notes)
     provenance = {"model": followed_reference(folder, file, model), "data": file.data, "preprocessing": file.preprocessing}
     if data is not None:
         provenance["data"] = {"reference": absolute(data)} if isinstance(data, str) else {}
     return finish(
-        bench,
+        state,
         limits,
         provenance,
         {key: saved[key] for key in ("table", "choices", "settings", "network", "data") if key in saved},
@@ -148,6 +152,20 @@ def _check_shapes(network: ObservedNetwork, shapes: Mapping[str, tuple[int, int]
     if observed != shapes:
         different = sorted(set(observed.items()) ^ set(shapes.items()))[0][0]
         raise SchemeMismatch(f"The model is not the one that {folder} was calibrated from: layer {different} differs. Check --model.")
+
+
+@contextmanager
+def _naming_weights(file: SchemeFile, model: nn.Module | str | None) -> Iterator[None]:
+    """Name the file from which a run's network has its weights in an error about these."""
+    try:
+        yield
+    except SchemeMismatch as error:
+        weights = file.model.get("weights")
+        if isinstance(model, nn.Module) or not isinstance(weights, str):
+            raise
+        raise SchemeMismatch(
+            f"{error} The run's network has its weights from --weights={weights}: restore that file if it has changed since."
+        ) from error
 
 
 def _check_weights(network: ObservedNetwork, digest_in_run: str | None, folder: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybit.allocation.choice import Choice, Judge, check_feasible
+from anybit.allocation.choice import Choice, Judge, check_feasible, drop_in_words
 from anybit.budget import DROP, LATENCY, Budget, budget_check, cost_quantities, listed, parse_budgets
 from anybit.calls import checking, public
-from anybit.data.batches import Batch, check_finite, check_finite_outputs, naming_sample
+from anybit.data.batches import Batch, check_finite, check_finite_outputs, in_evaluation_mode, naming_sample
 from anybit.data.samples import Calibration, Samples, draw, mirrored, split
 from anybit.data.tasks import (
     LabelledOutputs,
@@ -81,7 +81,7 @@ from anybit.roads.steps import (
     solved_candidates,
 )
 from anybit.scheme import Scheme
-from anybit.settings import takes
+from anybit.settings import Need, takes
 from anybit.sources.inputs import samples_from
 from anybit.sources.preprocessing import Preprocessing
 
@@ -124,17 +124,22 @@ def calibrate(
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; each message says what, where and what to do.
     """
+    # Long by its arguments and their documentation; the stages are in prepare_state.
     options = CalibrateSettings.of(**settings)
     several = isinstance(budget, (list, tuple))
     if several and not budget:
         raise InvalidSetting("budget is an empty list. Give budgets, such as ['4bit', '3bit'], or none to keep 8 bits where possible.")
     budgets = [None] if budget is None else list(parse_budgets(listed(budget)))
+    measures = any(one is not None and one.loss() is not DROP for one in budgets)
+    idle = Need(("alternatives",), measures, "without a budget of which the best schemes are measured", "a budget", amounts=True)
+    for note in options.notes_on_effect([idle]):
+        tell("note", note=note)
     model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, options.task)
     samples = samples_from(data, workers, preprocessing, model, options.samples, metric)
     samples = draw(samples, options.samples, options.seed).on(device)
     if test is None:
         check_metric_has_labels(metric, samples)
-    network = on_device(model, device, samples).eval()
+    network = in_evaluation_mode(on_device(model, device, samples))
     samples = compared(network, samples, options.outputs, options.task)
     tests = None if test is None else checked_tests(samples_from(test, workers, preprocessing, model, metric=metric).on(device), network)
     tests = read_alike(tests, samples, network, options.task)
@@ -144,20 +149,20 @@ def calibrate(
         expected.Calibration.of_model(network, options, len(samples), 0 if tests is None else len(tests), len(budgets)).stages(),
         measured=False,
     )
-    bench = prepare_bench(network, samples, options, [one for one in budgets if one], clock, metric, entries, tests)
+    state = prepare_state(network, samples, options, [one for one in budgets if one], clock, metric, entries, tests)
     saved = {
-        "table": bench.table.to_json(),
-        "choices": {name: [str(precision) for precision in precisions] for name, precisions in bench.network.choices.items()},
+        "table": state.table.to_json(),
+        "choices": {name: [str(precision) for precision in precisions] for name, precisions in state.network.choices.items()},
         "settings": options.to_json(),
-        "network": weights_digest(bench.network),
-        "data": data_digest(bench.calibration),
+        "network": weights_digest(state.network),
+        "data": data_digest(state.calibration),
     }
-    results = [finish(bench, one, provenance, saved, StageClock(list(clock.stages))) for one in budgets]
+    results = [finish(state, one, provenance, saved, StageClock(list(clock.stages))) for one in budgets]
     report_and_trim(entries)
     return Results(results) if several else results[0]
 
 
-def prepare_bench(
+def prepare_state(
     model: nn.Module,
     samples: Samples,
     settings: CalibrateSettings,
@@ -193,7 +198,7 @@ def prepare_bench(
         restore(network.float_model, network.moving)
         cache = key_of_run(cache, network, calibration, [*references, reference], settings)
         if labels is not None and metric is not None:
-            measure(metric, task.tensors(reference), labels)
+            tell_of_drop(budgets, metric, measure(metric, task.tensors(reference), labels))
     forward = clock.stages[-1]["seconds"] / sum(calibration.count())
     tested = 0 if tests is None else len(tests)
     plan(expected.Calibration.of_network(network, settings, calibration.count(), tested, max(len(budgets), 1), forward).stages())
@@ -223,8 +228,8 @@ def prepare_bench(
     cache = keyed_by_settings(cache, settings, SENSITIVITY).keyed(task.name)
     with clock.stage("sensitivity"):
         table = sensitivity_table(network, candidates, calibration, reference, task, settings, cache)
-    recall = cache.keyed(metric_digest(metric, calibration.held_out))
-    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, recall, scored)
+    cache = cache.keyed(metric_digest(metric, calibration.held_out))
+    judge = Judge(network, candidates, calibration.held_out, reference, task, metric, cache, scored)
     return CalibrationState(
         network, calibration, settings, ranged, candidates, table, judge, targets, references, matched, errors, float_test, notes
     )
@@ -251,48 +256,48 @@ def _observed(
 
 
 def finish(
-    bench: CalibrationState,
+    state: CalibrationState,
     budget: Budget | None,
     provenance: Mapping[str, Any],
     saved: Mapping[str, Any],
     clock: StageClock,
 ) -> Result:
     """Return the polished, measured result for one budget; `saved` is stored beside the candidates, for later budgets."""
-    network = bench.network
+    network = state.network
     with clock.stage("allocation"):
-        choice = chosen_scheme(bench, budget)
-        tell("allocation", budget=budget and str(budget), certificate=choice.certificate(bench.settings.seed), scheme=choice.scheme)
+        choice = chosen_scheme(state, budget)
+        tell("allocation", budget=budget and str(budget), certificate=choice.certificate(state.settings.seed), scheme=choice.scheme)
     with clock.stage("polish"):
-        polished = polish_scheme(bench, choice.scheme)
+        polished = polish_scheme(state, choice.scheme)
         model, edges = polished.model, polished.edges
-        if budget is not None and (drop := budget.limit(DROP.name)) is not None and not _within_drop(bench, drop, model):
+        if budget is not None and (drop := budget.limit(DROP.name)) is not None and not _within_drop(state, drop, model):
             # Polishing is judged by the loss, but the candidates must meet the allowed drop.
-            model = network.apply(choice.scheme, bench.candidates)
-            edges = as_ranges(bench.candidates.edges, network.wiring)
+            model = network.apply(choice.scheme, state.candidates)
+            edges = as_ranges(state.candidates.edges, network.wiring)
     restore(model, network.moving)
-    canonical = Canonical(model.eval(), network.norms, edges)
-    report = _report(bench, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
-    report |= described_inputs(provenance, network, bench.notes) | _float_held_out(bench.judge)
-    if isinstance(apart := bench.judge.task.distance, WeightedErrors):
+    canonical = Canonical(in_evaluation_mode(model), network.norms, edges)
+    report = _report(state, canonical.scheme, choice, budget) | {"ladder": polished.ladder, "units": polished.errors}
+    report |= described_inputs(provenance, network, state.notes) | _float_held_out(state.judge)
+    if isinstance(apart := state.judge.task.distance, WeightedErrors):
         with clock.stage("outputs"):
-            of_each = apart.of_each(outputs_of(canonical.model, bench.calibration.held_out), bench.judge.reference)
+            of_each = apart.of_each(outputs_of(canonical.model, state.calibration.held_out), state.judge.reference)
         report["outputs"] = {name: float(errors.mean()) for name, errors in of_each.items()}
-    if (test := bench.float_test) is not None:
+    if (test := state.float_test) is not None:
         with clock.stage("test"):
-            batches = test.samples.batches(bench.settings.batch_size)
-            scores = evaluate_model(canonical.model, batches, bench.judge.task, bench.judge.metric, test.outputs)
+            batches = test.samples.batches(state.settings.batch_size)
+            scores = evaluate_model(canonical.model, batches, state.judge.task, state.judge.metric, test.outputs)
         report |= {"float_test": test.scores, "test": scores}
     restore(canonical.model, network.moving)  # restore the original values, which scoring may change
     canonical.model.cpu()
-    canonical.fingerprint = fingerprint_of(canonical.model, bench.calibration.fitting[0], network.float_model)
+    canonical.fingerprint = fingerprint_of(canonical.model, state.calibration.fitting[0], network.float_model)
     if budget is not None and budget.limit(LATENCY.name) is not None:
         with clock.stage("latency"):
-            report["latency"] = measured_latencies(network.costs, canonical, bench.calibration.fitting[0].to("cpu"))
+            report["latency"] = measured_latencies(network.costs, canonical, state.calibration.fitting[0].to("cpu"))
     report["stages"] = clock.stages
     tell("result", budget=report["budget"], **report["result"], **test_scores(report))
-    provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": bench.judge.task.name}
-    provenance["outputs"] = dict(bench.settings.outputs) or None
-    return Result(canonical, report, provenance, bench.candidates, dict(saved))
+    provenance = {**provenance, "budget": report["budget"], "certificate": report["certificate"], "task": state.judge.task.name}
+    provenance["outputs"] = dict(state.settings.outputs) or None
+    return Result(canonical, report, provenance, state.candidates, dict(saved))
 
 
 def _float_held_out(judge: Judge) -> dict[str, Any]:
@@ -302,18 +307,23 @@ def _float_held_out(judge: Judge) -> dict[str, Any]:
     return {"float_held_out": scores} if scores else {}
 
 
-def _within_drop(bench: CalibrationState, drop: float, polished: nn.Module) -> bool:
+def tell_of_drop(budgets: Sequence[Budget], metric: Metric, float_score: float) -> None:
+    """Note what "drop=" budgets mean for a user's metric, whose scale they do not say."""
+    for budget in budgets:
+        if budget.loss() is DROP:
+            tell("note", note=drop_in_words(budget, metric, float_score))
+
+
+def _within_drop(state: CalibrationState, drop: float, polished: nn.Module) -> bool:
     """Return whether the polished model loses no more than the allowed drop."""
-    judge, counted = bench.judge, bench.judge.counted
-    assert counted is not None  # else the budget was refused
-    return judge.of_outputs(judge.reference)[counted] - judge.of_model(polished)[counted] <= drop
+    return state.judge.lost(state.judge.float_score(), state.judge.of_model(polished)) <= drop
 
 
-def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:
+def _report(state: CalibrationState, scheme: Scheme, choice: Choice, budget: Budget | None) -> dict[str, Any]:
     """Return the JSON report, without measured schemes, tests and times."""
-    network, settings = bench.network, bench.settings
+    network, settings = state.network, state.settings
     layers = {
-        name: {**row, "predicted_loss": bench.table.loss(name, scheme[name])} for name, row in layer_costs(network.costs, scheme).items()
+        name: {**row, "predicted_loss": state.table.loss(name, scheme[name])} for name, row in layer_costs(network.costs, scheme).items()
     }
     rows = [{**row, "scheme": row["scheme"].to_json(), "chosen": row["scheme"] == choice.scheme} for row in choice.measured]
     return {
@@ -323,27 +333,27 @@ def _report(bench: CalibrationState, scheme: Scheme, choice: Choice, budget: Bud
         "float_bytes": network.costs.float_bytes,
         "layers": layers,
         "schemes": rows,
-        "table": _table(bench),
+        "table": _table(state),
         "certificate": choice.certificate(settings.seed),
-        "candidate_errors": {name: {str(bits): row for bits, row in rows.items()} for name, rows in bench.errors.items()},
-        "inputs": dict(zip(("fitting", "held_out"), bench.calibration.count(), strict=True)),
+        "candidate_errors": {name: {str(bits): row for bits, row in rows.items()} for name, rows in state.errors.items()},
+        "inputs": dict(zip(("fitting", "held_out"), state.calibration.count(), strict=True)),
         "uncovered": dict(network.uncovered),
         "settings": settings.to_json(),
         "environment": environment(),
     }
 
 
-def _table(bench: CalibrationState) -> dict[str, Any]:
+def _table(state: CalibrationState) -> dict[str, Any]:
     """Return the predicted loss and costs of every candidate precision, from which other budgets can be met without the network."""
-    choices, costs = bench.network.choices, bench.network.costs
+    choices, costs = state.network.choices, state.network.costs
     shown = [cost for cost in cost_quantities() if cost.counted is cost and cost.recorded == "candidates"]
     return {
-        "floor": bench.table.floor,
+        "floor": state.table.floor,
         "fixed_bytes": costs.fixed_bytes(choices),
         "weights": sum(size.weights for size in costs.layers.values()),
         "layers": {
             name: {
-                str(p): {"loss": bench.table.loss(name, p)} | {cost.name: cost.layer(costs, name, p) for cost in shown} for p in precisions
+                str(p): {"loss": state.table.loss(name, p)} | {cost.name: cost.layer(costs, name, p) for cost in shown} for p in precisions
             }
             for name, precisions in choices.items()
         },

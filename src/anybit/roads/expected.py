@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from anybit.allocation.sensitivity import rows_to_measure
+from anybit.methods.hawq import PRODUCTS
 from anybit.methods.table import rounding_named
 from anybit.networks.layer_types import LAYER_TYPES
 from anybit.networks.observed import ObservedNetwork
@@ -82,7 +83,8 @@ class Calibration:
             stages.append(("matching of candidates", self.passes(widths * self.fitting)))
         if settings.does("parallel"):
             stages.append((f"parallel {rounding}", train * settings.candidate_steps * widths))
-        stages.append(("sensitivity", self.passes(self.rows * self.held_out)))
+        passes = self.rows if settings.sensitivity == "measured" else TRAINING * PRODUCTS
+        stages.append(("sensitivity", self.passes(passes * self.held_out)))
         return stages + self._of_a_budget(rounding, train) * self.budgets
 
     def of_allocation(self) -> Stages:

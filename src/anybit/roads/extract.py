@@ -13,7 +13,7 @@ from anybit.allocation.choice import Judge
 from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import LATENCY, Budget, budget_check, check_is_counted
 from anybit.calls import checking, public
-from anybit.data.batches import Batch, check_finite
+from anybit.data.batches import Batch, check_finite, in_evaluation_mode
 from anybit.data.samples import Samples, draw, mirrored, split
 from anybit.data.tasks import Metric, keeping_task, outputs_of, outputs_of_each, task_of
 from anybit.data.tasks import evaluate as evaluate_model
@@ -98,11 +98,11 @@ def polished(
     table = SensitivityTable({(name, precision): 0.0 for name, precision in scheme.items()}, FLOAT, 0)
     cache = key_of_run(cache, network, calibration, [*references, reference], settings)
     cache = cache.keyed(digest(to_tensors(own).values()), settings.to_json())
-    judge = Judge(network, own, calibration.held_out, reference, task_of(reference, example.reader, supernet.task), recall=cache)
-    bench = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
-    done = polish_scheme(bench, scheme)
+    judge = Judge(network, own, calibration.held_out, reference, task_of(reference, example.reader, supernet.task), cache=cache)
+    state = CalibrationState(network, calibration, settings, own, own, table, judge, targets, references, own)
+    done = polish_scheme(state, scheme)
     supernet.method.switch(scheme)  # as before the float network was created
-    return Canonical(done.model.eval(), network.norms, done.edges), done.ladder[1:]
+    return Canonical(in_evaluation_mode(done.model), network.norms, done.edges), done.ladder[1:]
 
 
 @public
@@ -136,13 +136,18 @@ def extract(
 
     Raises InfeasibleBudget if no subnet fits, SchemeMismatch if a precision was not trained, InvalidSetting or InvalidFile otherwise.
     """
+    # Long, because it is the list of the road's stages, each of which needs results of those before it.
     options = CalibrateSettings.of(**settings)
     check_subnet(budget, scheme, polish, data)
     if settings and not polish:
         raise InvalidSetting(
             f"{next(iter(settings))} does not apply to an extraction without polish. Leave it out, or give --polish and --data."
         )
+    if metric is not None and test is None:
+        raise InvalidSetting("A metric is reported on test data, but there is none. Give --test, or leave out --metric.")
     limits = None if budget is None else Budget.parse(budget, check_is_counted)
+    for note in options.notes_on_effect() if polish else ():
+        tell("note", note=note)
     supernet = run if isinstance(run, Supernet) else load_supernet(run, model)
     clock = StageClock()
     samples = None if data is None else supernet_data(run, supernet, data, workers)

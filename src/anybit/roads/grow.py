@@ -13,7 +13,7 @@ from torch import nn
 from anybit.allocation.choice import check_feasible
 from anybit.budget import Budget, budget_check, check_counts_weights
 from anybit.calls import checking, public
-from anybit.data.batches import Batch, check_finite, tensors_in
+from anybit.data.batches import Batch, check_finite, in_evaluation_mode, tensors_in
 from anybit.data.samples import Samples, draw
 from anybit.data.tasks import Metric, Task, labelled_outputs, outputs_of, task_of
 from anybit.data.tasks import evaluate as evaluate_model
@@ -38,7 +38,7 @@ from anybit.numerics.quantizers import LearnedInput, UniformQuantizer
 from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.expected import training_stages
-from anybit.roads.inputs import check_trains, checkpoint_place, described_inputs, training_inputs
+from anybit.roads.inputs import check_trains, checkpoint_place, claiming_checkpoint, described_inputs, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import Result, layer_costs, test_scores
 from anybit.roads.settings import GrowSettings
@@ -139,7 +139,7 @@ def frozen(trainee: Trainee, network: ObservedNetwork, batches: Sequence[Batch])
     trainee.freeze(model)
     batchnorm.reestimate(model, batches)
     model, _ = batchnorm.fold(model, network.norms)
-    return Canonical(model.eval().requires_grad_(True), network.norms)
+    return Canonical(in_evaluation_mode(model).requires_grad_(True), network.norms)
 
 
 def soft_and_frozen(
@@ -155,6 +155,7 @@ def soft_and_frozen(
 
 
 @public
+@claiming_checkpoint
 @checking(budget=budget_check(check_counts_weights))
 @shown_in_notebooks
 @takes(GrowSettings)
@@ -186,9 +187,14 @@ def grow(
 
     Raises InvalidSetting, InvalidInput, UnsupportedModel or InfeasibleBudget; AnybitError if the loss becomes NaN.
     """
+    # Long, because it is the list of the road's stages, each of which needs results of those before it.
     grow_settings = GrowSettings.of(**settings)
     budget, scheme = _parsed_target(budget, scheme)
     method = grow_method_name(grow_settings.method, scheme is not None)
+    needs = grow_settings.needs_of(method, budget is not None, scheme)
+    grow_settings.check_effect(needs)
+    for note in grow_settings.notes_on_effect(needs):
+        tell("note", note=note)
     place = checkpoint_place(checkpoint)
     clock = StageClock()
     float_model, samples, tests, provenance = training_inputs(
@@ -196,7 +202,7 @@ def grow(
     )
     check_trains(samples, grow_settings.train.distill)
     ends = ["freeze", "edge ranges", *(["test"] if tests is not None else [])]
-    plan(training_stages(len(samples), grow_settings.train.epochs, 0 if tests is None else len(tests), ends))
+    plan(training_stages(len(samples), grow_settings.train.epochs, 0 if tests is None else len(tests), ends), measured=None)
     with clock.stage("observe and fold"):
         if len(samples) == 0:
             raise InvalidInput("The training data is empty.")
@@ -233,6 +239,7 @@ def grow(
             place,
             identity,
             None if tests is None else lambda: soft_and_frozen(trainee, network, few, watched, task, metric),
+            passes=0 if tests is None else 2 * sum(map(len, [*few, *watched])),
         )
     with clock.stage("freeze"):
         canonical = frozen(trainee, network, few)

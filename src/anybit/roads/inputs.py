@@ -1,18 +1,20 @@
 """The inputs of a road: its network, samples and test data, checked before any work."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from anybit.data.batches import Batch, join
+from anybit.data.batches import Batch, in_evaluation_mode, join
 from anybit.data.samples import Calibration, Samples
 from anybit.data.tasks import Metric, check_metric
 from anybit.errors import InvalidInput, InvalidSetting, naming
-from anybit.files.whole import check_place
+from anybit.files.whole import check_place, claimed
 from anybit.loops.processes import join_processes
 from anybit.networks.coarse import coarse_in_words
 from anybit.networks.copies import checked_copy, copied
@@ -30,6 +32,8 @@ from anybit.sources.models import adapted_network, load_model, with_model_defaul
 from anybit.sources.preprocessing import Preprocessing, check_applies
 from anybit.sources.references import RANDOM, check_device
 from anybit.supernets.supernet import Supernet
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def follow_model(
@@ -74,7 +78,7 @@ def unread_in_words(network: ObservedNetwork) -> str:
     if not network.unread:
         return ""
     names = ", ".join(network.unread)
-    return f"no compared output depends on {names}, so that a budget gives them the fewest bits. Change that with --outputs or --keep"
+    return f"no compared output depends on {names}, so a budget gives them the fewest bits. Change that with --outputs or --keep"
 
 
 def notes_on(network: ObservedNetwork) -> list[str]:
@@ -151,6 +155,20 @@ def checkpoint_place(checkpoint: str | Path | None) -> Path | None:
     return path
 
 
+def claiming_checkpoint(function: Function) -> Function:
+    """Decorate a training: of several at once with one checkpoint, the first goes on, and the others are refused."""
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **keywords: Any) -> Any:
+        place = checkpoint_place(keywords.get("checkpoint"))
+        if place is None or os.environ.get("RANK", "0") != "0":  # processes of one training share it
+            return function(*arguments, **keywords)
+        with claimed(place, "--checkpoint"):
+            return function(*arguments, **keywords)
+
+    return called  # type: ignore[return-value]
+
+
 def training_inputs(
     model: nn.Module | str,
     weights: str | Path | None,
@@ -169,7 +187,7 @@ def training_inputs(
     model, preprocessing, provenance = follow_model(model, weights, data, test, preprocessing, task)
     device = join_processes(device)
     samples = samples_from(data, workers, preprocessing, model).on(device)
-    float_model = on_device(model, device, samples).eval()
+    float_model = in_evaluation_mode(on_device(model, device, samples))
     samples = compared(float_model, samples, outputs, task)
     tests = None
     if test is not None:

@@ -1,6 +1,6 @@
 """Inspect a network: its layers, coverage, and the cost of each bit-width."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from anybit.calls import public
-from anybit.data.batches import Batch, check_finite
-from anybit.errors import InvalidInput
+from anybit.data.batches import Batch, check_finite, in_evaluation_mode
+from anybit.errors import InvalidInput, InvalidSetting
 from anybit.exports.trial import try_export
 from anybit.networks.copies import checked_copy
 from anybit.networks.layers import float_weight
@@ -36,9 +36,11 @@ def inspect(
     cache    folder of the exported graph, as for `export`
     """
     chosen = CalibrateSettings.of(**settings)
-    options = replace(chosen.options, gradients=False)
+    options = replace(chosen.options, gradients=False, curvature=False)
     model = load_model(model, None, chosen.task) if isinstance(model, str) else adapted_network(model)
     check_network(model)
+    if data is None and chosen.outputs:
+        raise InvalidSetting("--outputs has no effect without data, on which outputs are read. Leave it out, or give --data.")
     if data is None:
         network, trial = unobserved_network(model, options), {"ok": None, "reason": "it needs data"}
     else:
@@ -47,19 +49,7 @@ def inspect(
         check_outputs(copied, batch)
         trial = try_export(network, batch, cache) if export else {"ok": None, "reason": "it was not tried"}
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
-    layers = {
-        name: {
-            "class": type(network.float_model.get_submodule(name)).__name__,
-            "weight": list(float_weight(network.float_model.get_submodule(name)).shape),
-            **_seen(network, name, data is not None),
-            "folds": network.norms.get(name),
-            "calls": network.wiring.calls[name] if data is not None else None,
-            "block": blocks.get(name),
-            "choices": [str(precision) for precision in network.choices[name]],
-            "bytes": {bits: network.costs.layer_bytes(name, Precision(bits)) for bits in options.weight_bits},
-        }
-        for name in network.names
-    }
+    layers = {name: _layer_row(network, name, data is not None, blocks.get(name), options.weight_bits) for name in network.names}
     uniform = {bits: network.costs.summary(network.uniform(bits, options.activation_bits[-1])) for bits in options.weight_bits}
     for row in uniform.values() if data is None else ():
         row["bops"] = None
@@ -74,11 +64,26 @@ def inspect(
     }
 
 
+def _layer_row(network: ObservedNetwork, name: str, observed: bool, block: str | None, weight_bits: Sequence[int | None]) -> dict[str, Any]:
+    """Describe a layer; without observation, results of a forward pass are None."""
+    layer = network.float_model.get_submodule(name)
+    return {
+        "class": type(layer).__name__,
+        "weight": list(float_weight(layer).shape),
+        **_seen(network, name, observed),
+        "folds": network.norms.get(name),
+        "calls": network.wiring.calls[name] if observed else None,
+        "block": block,
+        "choices": [str(precision) for precision in network.choices[name]],
+        "bytes": {bits: network.costs.layer_bytes(name, Precision(bits)) for bits in weight_bits},
+    }
+
+
 def _observable(model: nn.Module, data: Any, outputs: Mapping[str, float]) -> tuple[nn.Module, Batch]:
     samples = samples_from(data, 0, model=model)
     if len(samples) == 0:
         raise InvalidInput("The data set is empty. Give at least one input, or leave out --data.")
-    network = checked_copy(model, first_samples(samples)).eval()
+    network = in_evaluation_mode(checked_copy(model, first_samples(samples)))
     check_finite([first_samples(samples)])
     return network, first_samples(compared(network, samples, outputs))
 

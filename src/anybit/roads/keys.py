@@ -24,20 +24,20 @@ from anybit.supernets.supernet import Supernet
 SOLVING = ("solver",)
 MATCHING = ("bn_tuning", "bn_prior", "bn_target")
 PARALLEL = ("rounding", "candidate_steps", "step_batch", "drop")
-SENSITIVITY = ("pairs",)
+SENSITIVITY = ("pairs", "sensitivity")
 LATER = ("pipeline", "parallel", "alternatives", "memory", "steps", "start", "sequential", "bias_tuning", "tune_scales")
 
 
 def key_of_run(
-    recall: Cache, network: ObservedNetwork, calibration: Calibration, outputs: Sequence[Tensor], settings: CalibrateSettings
+    cache: Cache, network: ObservedNetwork, calibration: Calibration, outputs: Sequence[Tensor], settings: CalibrateSettings
 ) -> Cache:
-    """Key `recall` by everything that a network's ranges depend on: its weights, code and attributes, inputs and float `outputs`, layers
+    """Key `cache` by everything that a network's ranges depend on: its weights, code and attributes, inputs and float `outputs`, layers
     and choices, settings, anybit's code, and the machine."""
     early = {key: value for key, value in settings.to_json().items() if key not in (*SOLVING, *MATCHING, *PARALLEL, *SENSITIVITY, *LATER)}
     operations = [[op.name, op.kind, list(op.shape)] for op in network.wiring.operations]
     choices = {name: [str(precision) for precision in precisions] for name, precisions in network.choices.items()}
     units = [[unit.name, list(unit.layers)] for unit in network.units]
-    return recall.keyed(
+    return cache.keyed(
         code_version(), machine(first_tensor(calibration.fitting[0].inputs).device),
         digest(network.float_model.state_dict()), network_contents(network.float_model),
         data_digest(calibration), digest(outputs), operations, choices, units, early,
@@ -57,7 +57,7 @@ def _numbers_digest(batches: Sequence[Batch]) -> str:
 def metric_digest(metric: Metric | None, batches: Sequence[Batch]) -> str | None:
     """Return the SHA-256 of a custom metric and of the labels that only it reads; None without a metric."""
     targets = [batch.labels for batch in batches if isinstance(batch.labels, Targets)]
-    return None if metric is None else contents_of([metric, targets] if targets else metric)
+    return None if metric is None else contents_of(metric, files=True) + (contents_of(targets) if targets else "")
 
 
 def weights_digest(network: ObservedNetwork) -> str:
@@ -66,22 +66,22 @@ def weights_digest(network: ObservedNetwork) -> str:
     return digest({name: one for name, one in state.items() if name not in network.moving and not name.endswith("num_batches_tracked")})
 
 
-def keyed_by_settings(recall: Cache, settings: CalibrateSettings, names: Sequence[str]) -> Cache:
-    """Key `recall` by these settings as well."""
-    return recall.keyed({name: settings.to_json()[name] for name in names})
+def keyed_by_settings(cache: Cache, settings: CalibrateSettings, names: Sequence[str]) -> Cache:
+    """Key `cache` by these settings as well."""
+    return cache.keyed({name: settings.to_json()[name] for name in names})
 
 
-def cached_candidates(recall: Cache, name: str, network: ObservedNetwork, make: Callable[[], Candidates]) -> Candidates:
+def cached_candidates(cache: Cache, name: str, network: ObservedNetwork, make: Callable[[], Candidates]) -> Candidates:
     """Return the candidates of `make`, or those that an earlier run stored."""
     layers = quantized_layers(network.prepared)
     rows = {layer: weight_rows(layers[layer], float_weight(layers[layer])) for layer in network.names}
     shapes = {layer: (len(one), one.shape[1]) for layer, one in rows.items()}
     device = str(next(network.prepared.parameters()).device)
-    return recall(name, lambda: Entry(None, to_tensors(make())), lambda entry: from_tensors(entry.tensors, shapes).on(device))
+    return cache(name, lambda: Entry(None, to_tensors(make())), lambda entry: from_tensors(entry.tensors, shapes).on(device))
 
 
-def key_of_supernet(recall: Cache, supernet: Supernet, batches: Sequence[Batch], metric: Metric | None) -> Cache:
-    """Key `recall` by everything that a score depends on besides the scheme: the supernet's tensors and code, all data, the metric's code.
+def key_of_supernet(cache: Cache, supernet: Supernet, batches: Sequence[Batch], metric: Metric | None) -> Cache:
+    """Key `cache` by everything that a score depends on besides the scheme: the supernet's tensors and code, all data, the metric's code.
 
     Values that change with the subnet are left out: the chosen bits, and batch-norm statistics, which follow from the data.
     """
@@ -92,7 +92,7 @@ def key_of_supernet(recall: Cache, supernet: Supernet, batches: Sequence[Batch],
         if name.endswith("_quantizer.start") or not (name.startswith(norms) or "_quantizer." in name)
     }
     numbers = dict(supernet.model.named_parameters()) | fixed
-    return recall.keyed(
+    return cache.keyed(
         code_version(), machine(first_tensor(batches[0].inputs).device), digest(numbers), network_contents(supernet.network),
         _numbers_digest(batches), supernet.settings.to_json(), metric_digest(metric, batches),
     )  # fmt: skip

@@ -95,7 +95,7 @@ def polish_scheme(state: CalibrationState, scheme: Scheme) -> Polished:
 def _start(state: CalibrationState, scheme: Scheme) -> _Ladder:
     """Measure the scheme rounded to nearest and with the candidates; start from the better one."""
     judge, network = state.judge, state.network
-    cache = judge.recall.keyed("polish", scheme.to_json())
+    cache = judge.cache.keyed("polish", scheme.to_json())
     ranged, candidate = network.apply(scheme, state.ranged), network.apply(scheme, state.candidates)
     rounded = cache.value("ranges", lambda: judge.of_model(ranged), as_scores)
     matched = cache.value("candidates", lambda: judge.of_model(candidate), as_scores)

@@ -130,6 +130,7 @@ def run_search(
     During the search, batch norm is estimated on `settings.bn_images` inputs, which takes most of the time. The front is measured again,
     and stored, with as many inputs as in training.
     """
+    # Long, because it is the list of the search's stages, which share inputs, cache and scores.
     fitting, images, search_on, measure_on = _split_samples(supernet, samples, settings)
     bn = bn_batches(fitting, supernet.settings)
     check_finite([*search_on, *measure_on, *bn])
@@ -149,7 +150,7 @@ def run_search(
         return cache.keyed(*where, images).value(f"score of {scheme}", measure, float)
 
     statistics = sum(map(len, few)), sum(map(len, bn))
-    plan(search_stages(settings.evaluations, FRONT, statistics, images), measured=False)
+    plan(search_stages(settings.evaluations, FRONT, statistics, images), measured=None)
     progress = iter(track(range(settings.evaluations), "evaluations"))
 
     def evaluate(scheme: Scheme) -> float:

@@ -10,9 +10,9 @@ from anybit.data.options import OUTPUTS, TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import SEEDS, TrainSettings
 from anybit.methods.settings import CSQSettings, LSQSettings, MSQSettings
-from anybit.methods.table import GROW_METHODS, ROUNDINGS, SOLVERS
+from anybit.methods.table import GROW_METHODS, ROUNDINGS, SENSITIVITIES, SOLVERS
 from anybit.scheme import BITS, FLOAT, KEEP, PRECISION, WEIGHT_BITS, Precision
-from anybit.settings import NAMES, Settings, Text, documented, option, same_as
+from anybit.settings import NAMES, Need, Settings, Text, documented, option, options_of, same_as
 
 if TYPE_CHECKING:
     from anybit.networks.options import LayerOptions
@@ -68,6 +68,9 @@ class CalibrateSettings(Settings):
     drop: float = option(0.0, "Share of activation quantizations to drop during reconstruction.", least=0, most=1)
     mirror: bool = option(False, "Also fit to mirrored images.")
     estimator: str = option("mse", "Estimator of quantization ranges.", choices=("mse", "minmax", "percentile"))
+    sensitivity: str = option(
+        "measured", "Loss of each layer at each bit-width: measured, or predicted from Hessian traces.", choices=tuple(SENSITIVITIES)
+    )
     sensitivity_base: Precision = option(FLOAT, "Precision of the other layers while measuring one.", text=PRECISION)
     pairs: bool = option(False, "Measure every (W, A) pair instead of summing two measurements.")
     alternatives: int = option(
@@ -95,13 +98,35 @@ class CalibrateSettings(Settings):
             if not getattr(self, name):
                 raise InvalidSetting(f"{name} is empty. Give at least one bit-width.")
 
+    def needs(self) -> list[Need]:
+        sequential, parallel, tunes = (self.does(step) for step in ("sequential", "parallel", "bias_tuning"))
+        light = "with --pipeline=light, which trains nothing" if self.pipeline == "light" else ""
+        fits = sequential or parallel or self.solver != "none"
+        return [
+            Need(("steps",), sequential, light or "with --no-sequential", "--sequential", amounts=True),
+            Need(("start",), sequential, light or "with --no-sequential", "--sequential"),
+            Need(("candidate_steps",), parallel, light or "without parallel training of the candidates", "--parallel", amounts=True),
+            Need(("step_batch",), sequential or parallel, light or "without training", "--sequential or --parallel", amounts=True),
+            Need(("rounding", "drop"), sequential or parallel, light or "without training", "--sequential or --parallel"),
+            Need(("unit", "blocks"), fits, "without a solver and training", "--sequential"),
+            Need(("blocks",), self.unit == "block", "with --unit=layer", "--unit=block"),
+            Need(("tune_scales",), tunes, light or "with --no-bias-tuning", "--bias-tuning"),
+            Need(
+                ("pairs", "sensitivity_base"),
+                self.sensitivity == "measured",
+                f"with --sensitivity={self.sensitivity}",
+                "--sensitivity=measured",
+            ),
+            Need(("bn_prior", "bn_target"), self.bn_tuning, "with --no-bn-tuning", "--bn-tuning"),
+        ]
+
     @property
     def options(self) -> "LayerOptions":
         """Return the settings that observing the network needs."""
         from anybit.networks.options import LayerOptions
 
-        gradients = self.does("bias_tuning")
-        return LayerOptions(self.weight_bits, self.activation_bits, self.keep, self.group, self.unit, self.blocks, gradients)
+        gradients, curvature = self.does("bias_tuning"), self.sensitivity == "hawq"
+        return LayerOptions(self.weight_bits, self.activation_bits, self.keep, self.group, self.unit, self.blocks, gradients, curvature)
 
     def does(self, step: str) -> bool:
         """Return whether `step` runs, by its switch or by the pipeline."""
@@ -154,6 +179,21 @@ class GrowSettings(Settings):
     msq: MSQSettings = field(default_factory=MSQSettings)
     lsq: LSQSettings = field(default_factory=LSQSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+
+    def needs_of(self, method: str, has_budget: bool, scheme: "Mapping[str, Precision] | None") -> list[Need]:
+        """List what options need in order to have an effect, once the method and the target are known."""
+        own = options_of(type(getattr(self, method)))
+        of_others = {name: other for other in ("csq", "msq", "lsq") for name in options_of(type(getattr(self, other))) if name not in own}
+        fixed = "with --scheme, which fixes every layer's bits"
+        anchored = not (self.csq.prune and method == "csq")
+        return [
+            *(Need((name,), False, f"with --method={method}", f"--method={other}") for name, other in of_others.items()),
+            Need(("strength", "ramp", "weighting", "dropping", "pull"), has_budget, "without a budget", "a budget"),
+            Need(("drops",), has_budget or method != "msq", "without a budget", "a budget", amounts=True),
+            Need(("anchor",), anchored, "with --prune, which closes all planes of a layer"),
+            Need(("keep",), scheme is None, fixed),
+            Need(("activation_bits",), scheme is None or self.activation_bits in {one.activation_bits for one in scheme.values()}, fixed),
+        ]
 
 
 def check_subnet(budget: Any, scheme: Any, polish: bool, data: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from anybit.allocation.choice import Choice, Judge, choose_scheme
-from anybit.allocation.sensitivity import SensitivityTable, measure_sensitivity
+from anybit.allocation.sensitivity import SensitivityTable
 from anybit.budget import Budget
 from anybit.data.batches import Labels
 from anybit.data.samples import Calibration, Samples
@@ -20,7 +20,7 @@ from anybit.loops.closed_form import solve_weight
 from anybit.loops.moments import float_moments
 from anybit.loops.reconstruction import ReconstructionSettings, parallel
 from anybit.methods import batchnorm_tuning
-from anybit.methods.table import rounding_named, solver_named
+from anybit.methods.table import rounding_named, sensitivity_named, solver_named
 from anybit.networks import batchnorm
 from anybit.networks.candidates import (
     Candidates,
@@ -158,7 +158,7 @@ def reconstructed_candidates(
     ranged: Candidates,
     calibration: Calibration,
     settings: CalibrateSettings,
-    recall: Cache = Cache(),
+    cache: Cache = Cache(),
 ) -> tuple[Candidates, dict]:
     """Reconstruct every layer separately, at every candidate bit-width; returns (candidates, each layer's errors)."""
     variants = _variants(network, candidates)
@@ -170,7 +170,7 @@ def reconstructed_candidates(
     free = [name for name, options in network.choices.items() if type_of(layers[name]).sums and any(p.weight_bits for p in options)]
     units = network.wiring.units(free, [])
     loop = reconstruction_settings(network, calibration, settings, settings.candidate_steps)
-    errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, loop, recall)
+    errors = parallel(variants, network.folded, units, starts, network.wiring, calibration, loop, cache)
     return _with_weights_of(variants, network, candidates), errors
 
 
@@ -196,14 +196,14 @@ def sensitivity_table(
     reference: Tensor,
     task: Task | str,
     settings: CalibrateSettings,
-    recall: Cache = Cache(),
+    cache: Cache = Cache(),
 ) -> SensitivityTable:
-    """Return the sensitivity table, measured on the held-out inputs."""
-    base, pairs = settings.sensitivity_base, settings.pairs
+    """Return the sensitivity table, measured or predicted on the held-out inputs."""
+    measuring = {"base": settings.sensitivity_base, "pairs": settings.pairs} if settings.sensitivity == "measured" else {}
     edges = rounded_edges(network.wiring, quantized_layers(network.prepared), network.largest)
-    return measure_sensitivity(
-        network.prepared, candidates, network.choices, calibration.held_out, reference, task, base, pairs, recall,
-        edge_grids(candidates.edges, edges.names),
+    return sensitivity_named(settings.sensitivity)(
+        network.prepared, candidates, network.choices, calibration.held_out, reference, task, cache=cache,
+        edges=edge_grids(candidates.edges, edges.names), **measuring,
     )  # fmt: skip
 
 
@@ -265,11 +265,11 @@ def notes_on_chance(float_test: FloatTest | None, outputs: Tensor, labels: Label
     return [note] if note else []
 
 
-def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
+def chosen_scheme(state: "CalibrationState", budget: Budget | None) -> Choice:
     """Return the result of `choose_scheme`, or the one that an earlier run stored."""
-    network, judge = bench.network, bench.judge
+    network, judge = state.network, state.judge
     latency = None if network.costs.latency is None else asdict(network.costs.latency)
-    recall = judge.recall.keyed("allocation", budget and str(budget), bench.settings.alternatives, latency)
+    cache = judge.cache.keyed("allocation", budget and str(budget), state.settings.alternatives, latency)
 
     def read(record: Mapping[str, Any]) -> Choice:
         choice = Choice.from_json(record)
@@ -278,8 +278,8 @@ def chosen_scheme(bench: "CalibrationState", budget: Budget | None) -> Choice:
                 raise InvalidFile("its layers are not the network's")
         return choice
 
-    return recall.value(
-        "allocation", lambda: choose_scheme(network, bench.table, budget, bench.settings.alternatives, judge).to_json(), read
+    return cache.value(
+        "allocation", lambda: choose_scheme(network, state.table, budget, state.settings.alternatives, judge).to_json(), read
     )
 
 

@@ -20,7 +20,7 @@ from anybit.progress import plan, tell
 from anybit.reports.bars import shown_in_notebooks
 from anybit.roads.expected import training_stages
 from anybit.roads.grow import few_batches, watched_batches
-from anybit.roads.inputs import check_trains, checkpoint_place, described_inputs, on_device, training_inputs
+from anybit.roads.inputs import check_trains, checkpoint_place, claiming_checkpoint, described_inputs, on_device, training_inputs
 from anybit.roads.keys import training_identity
 from anybit.roads.result import test_scores
 from anybit.settings import takes
@@ -32,6 +32,7 @@ from anybit.supernets.supernet import Supernet, uniform_schemes, width_scores
 
 
 @public
+@claiming_checkpoint
 @shown_in_notebooks
 @takes(SupernetSettings)
 @torch.inference_mode(False)
@@ -58,7 +59,10 @@ def train(
 
     The result's weights are those of the store: rounded to 8 bits. Raises the errors of `grow`.
     """
+    # Long, because it is the list of the road's stages, each of which needs results of those before it.
     options = SupernetSettings.of(**settings)
+    for note in options.notes_on_effect():
+        tell("note", note=note)
     place = checkpoint_place(checkpoint)
     clock = StageClock()
     float_model, samples, tests, provenance = training_inputs(
@@ -66,7 +70,7 @@ def train(
     )
     check_trains(samples, options.train.distill)
     ends = ["store", *(["test"] if tests is not None else [])]
-    plan(training_stages(len(samples), options.train.epochs, 0 if tests is None else len(tests), ends))
+    plan(training_stages(len(samples), options.train.epochs, 0 if tests is None else len(tests), ends), measured=None)
     with clock.stage("observe and fold"):
         if len(samples) < 2:
             raise InvalidInput(f"{len(samples)} training sample(s) are too few. Give at least two, one to train on and one to hold out.")
@@ -111,6 +115,7 @@ def train(
             place,
             identity,
             None if tests is None else lambda: {"widths": width_scores(supernet, bn, watched, metric)},
+            passes=0 if tests is None else len(options.bits) * sum(map(len, [*(bn or []), *watched])),
         )
     if tests is not None:
         report["float_store"] = width_scores(supernet, bn, list(tests.batches(256)), metric)

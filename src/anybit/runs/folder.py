@@ -37,7 +37,10 @@ def new_folder(
             draft = folder / "new"
             draft.mkdir()
             yield draft
-            check(path, overwrite)  # another run may have taken the path meanwhile
+            try:
+                check(path, overwrite)
+            except InvalidSetting as error:
+                raise InvalidSetting(f"Another process wrote {path} meanwhile. {error}") from error
             _open_as_others(draft)
             _put_in_place(draft, path, folder / OLD)
     except (OSError, SafetensorError) as error:

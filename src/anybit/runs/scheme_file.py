@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from anybit.data.batches import in_evaluation_mode
 from anybit.data.options import TaskName
 from anybit.errors import AnybitError, InvalidFile, InvalidSetting, SchemeMismatch
 from anybit.files.strict import check_version, in_words, read_header, read_json, read_tensors, sha256_of, validated, write_json
@@ -212,7 +213,7 @@ def read_canonical(folder: Path, float_model: nn.Module, file: SchemeFile | None
     check_edges(edges, folder / "model.safetensors")
     check_state(model, folder / "model.safetensors")
     check_fingerprint(folder, file.fingerprint, model)
-    model = round_edges(model.eval(), edge_grids(edges, file.rounded or ()))
+    model = round_edges(in_evaluation_mode(model), edge_grids(edges, file.rounded or ()))
     return Canonical(model, file.folded, edges, read_fingerprint(folder, file.fingerprint))
 
 

@@ -101,7 +101,7 @@ def _check_size(preprocessing: Preprocessing) -> None:
 
 @dataclass
 class Tree:
-    """What lies below a folder of images, links followed.
+    """The files and folders below a folder of images, links followed.
 
     images  files of images, sorted
     bare    folders without images below them
@@ -163,7 +163,7 @@ def _class_folders(root: Path, files: Iterable[Path]) -> set[str]:
                 "that contains the class folders, or give each class one folder."
             )
         if (other := places.setdefault(folder.resolve(), folder)) != folder:
-            raise InvalidInput(f"{other} and {folder} are the same folder by a link, so that its images have two classes. Remove one.")
+            raise InvalidInput(f"{other} and {folder} are the same folder by a link, so its images have two classes. Remove one.")
     return set(names)
 
 

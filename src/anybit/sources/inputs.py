@@ -331,8 +331,8 @@ def _holds_batches(elements: Sequence, model: nn.Module | None) -> bool:
     if all(answers):
         raise InvalidInput(
             "Elements of the data run both as samples and as batches. Say which: anybit.Samples(data, labelled=False) if each is "
-            "a sample (True if the last of its tensors is the label), torch.utils.data.DataLoader(data, batch_size=None) if each is "
-            "a batch."
+            "a sample (True if the last of its tensors is the label), torch.utils.data.DataLoader(list(data), batch_size=None) if each "
+            "is a batch."
         )
     return answers[1]
 

@@ -96,11 +96,14 @@ class Form:
 
 
 def _value(part: Any) -> Any:
-    """Return a list of numbers as a tensor, anything else unchanged."""
+    """Return a list of numbers as a tensor, anything else unchanged, such as rows of several lengths."""
     inner = part
     while isinstance(inner, list) and inner:
         inner = inner[0]
-    return torch.as_tensor(part) if isinstance(part, list) and isinstance(inner, (int, float)) else part
+    if isinstance(part, list) and isinstance(inner, (int, float)):
+        with suppress(ValueError, TypeError, RuntimeError, OverflowError):
+            return torch.as_tensor(part)
+    return part
 
 
 def samples_of_items(dataset: Any, workers: int, model: nn.Module | None, collate: Callable[[list], Any] = stacked) -> Samples:

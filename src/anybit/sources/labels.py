@@ -1,4 +1,4 @@
-"""Which form the labels of data have: class numbers, stored as whole numbers, floats, columns or one-hot."""
+"""The form of labels is recognized here: class numbers as integers, floats, columns or one-hot rows."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -108,7 +108,7 @@ def randomly_initialized(make: Callable[[], nn.Module], reference: str) -> nn.Mo
 
 
 STATISTICS = ("running_mean", "running_var")
-DRAWN = "weights are random, so that layers, sizes and speed are right but accuracy means nothing"
+DRAWN = "weights are random, so layers, sizes and speed are right but accuracy means nothing"
 
 
 def _is_constant(tensor: Tensor) -> bool:

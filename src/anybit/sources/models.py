@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import nn
 
+from anybit.data.batches import in_evaluation_mode
 from anybit.data.options import suffix_of
 from anybit.errors import InvalidFile, InvalidSetting, SchemeMismatch, naming
 from anybit.files.strict import in_words
@@ -52,7 +53,7 @@ def load_model(reference: str, weights: str | None = None, task: str | None = No
     model = _covered_form(model)
     if weights and weights != RANDOM:
         load_weights(model, Path(weights))
-    return plain_weights(model).eval()
+    return in_evaluation_mode(plain_weights(model))
 
 
 def huggingface(module: str, what: str) -> Any:

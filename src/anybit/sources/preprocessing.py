@@ -23,9 +23,10 @@ class Preprocessing(Settings):
     common: ClassVar[Mapping[str, Any]] = {"panel": "Input", "rare": True}
 
     mean: tuple[float, ...] | None = option(
-        None, "Mean of each channel, pixels scaled to 0..1: 0.485,0.456,0.406", text=NUMBERS, rare=False
-    )
-    std: tuple[float, ...] | None = option(None, "Standard deviation of each channel.", least=1e-6, text=NUMBERS, rare=False)
+        None, "Mean of each channel, pixels scaled to 0..1: 0.485,0.456,0.406", least=-1, most=1, why="pixels are divided by 255 first",
+        text=NUMBERS, rare=False,
+    )  # fmt: skip
+    std: tuple[float, ...] | None = option(None, "Standard deviation of each channel.", least=1e-6, most=10, text=NUMBERS, rare=False)
     size: int | None = option(None, "Height and width of the input image.", least=1, most=LONGEST_SIDE, rare=False)
     resize: int | None = option(None, "Resize the short side before a centre crop to --size.", least=1, most=LONGEST_SIDE)
     interpolation: str = option("bilinear", "Interpolation of the resizing.", choices=("nearest", "bilinear", "bicubic", "lanczos"))

@@ -71,7 +71,8 @@ def check_device(device: object) -> None:
     if kind == "meta":
         raise InvalidSetting(f"{device} is not a device that holds numbers. Write {', '.join(DEVICES[:3])} or cuda:1.")
     if kind not in DEVICES or not numbered:
-        raise InvalidSetting(f"{device} is not a device. Write {', '.join(DEVICES[:3])} or cuda:1.{did_you_mean(kind, DEVICES)}")
+        near = " Did you mean cuda?" if "gpu" in kind.lower() else did_you_mean(kind.lower(), DEVICES)
+        raise InvalidSetting(f"{device} is not a device. Write {', '.join(DEVICES[:3])} or cuda:1.{near}")
 
 
 def check_package(package: str, reference: str) -> None:

@@ -58,7 +58,7 @@ def read_supernet_file(folder: Path) -> SupernetFile:
 
 
 def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
-    """Return the supernet that was saved, on a copy of the float network."""
+    """Return the saved supernet, on a copy of the float network."""
     file = read_supernet_file(folder)
     layers = file.stored()
     settings = SupernetSettings.from_json(file.settings)
@@ -68,33 +68,9 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
     check_folded(file, float_model, SUPERNET_JSON)
     float_layers = [name for name, layer in layers.items() if not layer.has_codes]
     model = prepare(float_model, list(layers), float_layers)
-    slots = quantized_layers(model)
-    for name, layer in layers.items():
-        shape = rows_shape(slots[name])
-        if shape != (layer.rows, layer.columns):
-            raise InvalidFile(
-                f"Layer {name} is {shape[0]} x {shape[1]} in the model; {folder / SUPERNET_JSON} has {layer.rows} x {layer.columns}."
-            )
-        fill_slots(slots[name], *_blank(layer, file.layers[name].per_channel), settings.multiquant)
+    _fill_blank(folder, file, layers, model, settings)
     method = prepared_multiquant(model, {name: layer.choices for name, layer in layers.items()}, file.folded, settings, None)
-    numbers, others = leftovers(model, [name for name in layers if name not in float_layers])
-    statistics = statistics_of(model).numel()
-    expected = _expected(layers, [tensor.numel() for tensor in numbers.values()], len(file.subnets), statistics, len(file.edges))
-    expected |= {key: spec_of(tensor) for key, tensor in others.items()}
-    tensors = read_tensors(folder / SUPERNET, expected)
-    parts = split_tensors(layers, {name: tensor.numpy() for name, tensor in tensors.items() if name not in others})
-    check_parts(parts, folder / SUPERNET)
-    with torch.no_grad():
-        for name, part in parts.items():
-            _load(slots[name], part)
-        flat = tensors.get("floats", torch.zeros(0)).split([tensor.numel() for tensor in numbers.values()])
-        for target, values in zip(numbers.values(), flat, strict=True):
-            target.copy_(values.view_as(target))
-        for key, target in others.items():
-            target.copy_(tensors[key])
-    rows = tensors.get("statistics", torch.zeros(0)).view(len(file.subnets), statistics)
-    ends = tensors.get("edges", torch.zeros(0)).view(len(file.subnets), len(file.edges), 2)
-    known = [KnownSubnet(Scheme.parse(scheme), row, end) for scheme, row, end in zip(file.subnets, rows, ends, strict=True)]
+    known = _load_tensors(folder, file, layers, model)
     check_state(model, folder / SUPERNET)
     if not all((gamma > 0).all() for gamma in batchnorm.folded_gammas(method.model, file.folded)):
         raise InvalidFile(f"{folder / SUPERNET}: a batch norm that folds has a factor that is not positive. Restore it or train again.")
@@ -111,6 +87,41 @@ def read_supernet(folder: Path, float_model: nn.Module) -> Supernet:
         check_fingerprint(folder, file.fingerprint, supernet.lowest_subnet())
         supernet.example = Batch(inputs_of(fingerprint.structure, fingerprint.inputs))
     return supernet
+
+
+def _fill_blank(folder: Path, file: SupernetFile, layers: Mapping[str, StoredLayer], model: nn.Module, settings: SupernetSettings) -> None:
+    """Fill the slots of the prepared model, in place, for tensors of the stored shapes; raise if a layer has another shape."""
+    slots = quantized_layers(model)
+    for name, layer in layers.items():
+        shape = rows_shape(slots[name])
+        if shape != (layer.rows, layer.columns):
+            raise InvalidFile(
+                f"Layer {name} is {shape[0]} x {shape[1]} in the model; {folder / SUPERNET_JSON} has {layer.rows} x {layer.columns}."
+            )
+        fill_slots(slots[name], *_blank(layer, file.layers[name].per_channel), settings.multiquant)
+
+
+def _load_tensors(folder: Path, file: SupernetFile, layers: Mapping[str, StoredLayer], model: nn.Module) -> list[KnownSubnet]:
+    """Load the file's tensors into the model, in place; return the subnets whose statistics and edge ranges are stored."""
+    numbers, others = leftovers(model, [name for name, layer in layers.items() if layer.has_codes])
+    statistics = statistics_of(model).numel()
+    expected = _expected(layers, [tensor.numel() for tensor in numbers.values()], len(file.subnets), statistics, len(file.edges))
+    expected |= {key: spec_of(tensor) for key, tensor in others.items()}
+    tensors = read_tensors(folder / SUPERNET, expected)
+    parts = split_tensors(layers, {name: tensor.numpy() for name, tensor in tensors.items() if name not in others})
+    check_parts(parts, folder / SUPERNET)
+    slots = quantized_layers(model)
+    with torch.no_grad():
+        for name, part in parts.items():
+            _load(slots[name], part)
+        flat = tensors.get("floats", torch.zeros(0)).split([tensor.numel() for tensor in numbers.values()])
+        for target, values in zip(numbers.values(), flat, strict=True):
+            target.copy_(values.view_as(target))
+        for key, target in others.items():
+            target.copy_(tensors[key])
+    rows = tensors.get("statistics", torch.zeros(0)).view(len(file.subnets), statistics)
+    ends = tensors.get("edges", torch.zeros(0)).view(len(file.subnets), len(file.edges), 2)
+    return [KnownSubnet(Scheme.parse(scheme), row, end) for scheme, row, end in zip(file.subnets, rows, ends, strict=True)]
 
 
 def _blank(layer: StoredLayer, per_channel: bool) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 from anybit.data.options import OUTPUTS, TASK_NAMES
 from anybit.errors import InvalidSetting
 from anybit.loops.settings import TrainSettings
 from anybit.methods.settings import MultiQuantSettings
 from anybit.scheme import BITS, KEEP, Precision
-from anybit.settings import Settings, Text, documented, option
+from anybit.settings import Need, Settings, Text, documented, option
 
 
 def parse_trained_bits(text: str) -> tuple[int | None, ...]:
@@ -50,15 +49,6 @@ class SupernetSettings(Settings):
     multiquant: MultiQuantSettings = field(default_factory=MultiQuantSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
 
-    @classmethod
-    def of(cls, **settings: Any) -> Self:
-        weight = settings.get("label_weight", MultiQuantSettings.label_weight)
-        if settings.get("label", MultiQuantSettings.label) == "one-hot" and weight != MultiQuantSettings.label_weight:
-            raise InvalidSetting(
-                f"label_weight {weight} has no effect with one-hot labels. Choose label adaptive or teacher, or leave it out."
-            )
-        return super().of(**settings)
-
     def check(self) -> None:
         if len(set(self.bits)) < len(self.bits) or len(self.bits) < 2:
             raise InvalidSetting(f"bits {', '.join(map(str, self.bits))}: give at least two bit-widths, each once.")
@@ -66,3 +56,12 @@ class SupernetSettings(Settings):
             raise InvalidSetting(
                 "batch_norm switch cannot be compiled: every scheme would be compiled anew. Use batch_norm reestimate, or drop compile."
             )
+
+    def needs(self) -> list[Need]:
+        estimated = self.multiquant.batch_norm == "reestimate"
+        untrained = next((bits for bits in self.multiquant.step_rates if bits not in self.bits), None)
+        trained = f"for {untrained} bits, of which no step size is trained: --bits={BITS.write(self.bits)}"
+        return [
+            Need(("step_rates",), untrained is None, trained, f"--bits={BITS.write(sorted({*self.bits, untrained or 2}))}"),
+            Need(("bn_images",), estimated, "with --batch-norm=switch, which stores statistics", "--batch-norm=reestimate", amounts=True),
+        ]

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anybit.calls import public
-from anybit.data.batches import Batch
+from anybit.data.batches import Batch, in_evaluation_mode
 from anybit.data.tasks import Metric
 from anybit.data.tasks import evaluate as evaluate_model
 from anybit.errors import InvalidFile
@@ -120,7 +120,7 @@ class Supernet:
         model = copy.deepcopy(self.model)
         self.method.freeze(model)
         folded, _ = batchnorm.fold(model, self.norms)
-        return Canonical(folded.eval().requires_grad_(True), self.norms)
+        return Canonical(in_evaluation_mode(folded).requires_grad_(True), self.norms)
 
     def lowest_subnet(self) -> nn.Module:
         """Return the canonical model of the lowest subnet, with its stored statistics. The current subnet does not change."""
@@ -143,7 +143,7 @@ class Supernet:
         state = frozen.state_dict()
         float_network.load_state_dict({key: state[key] for key in float_network.state_dict()})
         batchnorm.reestimate(float_network, batches)
-        return float_network.eval()
+        return in_evaluation_mode(float_network)
 
     def learn(
         self, scheme: Scheme, batches: Sequence[Batch] | None, edge_ranges: Callable[[nn.Module], Mapping[str, tuple[float, float]]]
