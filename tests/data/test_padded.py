@@ -193,6 +193,20 @@ def padded_by_hand(items):
     return {name: torch.stack([nn.functional.pad(item[name], (0, longest - len(item[name]))) for item in items]) for name in items[0]}
 
 
+class Attending(TwoHeads):
+    """Outputs of tokens and texts, and attention [N, T, T], which has no row of a fixed length."""
+
+    def forward(self, ids, attention_mask):
+        x = self.embedding(ids)
+        return {"a": self.fc(x), "attention": x @ x.transpose(1, 2), "p": self.pool(x.mean(1))}
+
+
+def test_attention_between_tokens_is_not_compared():
+    unlabelled = [dict(list(item.items())[:2]) for item in texts()]
+    samples = compared(Attending(), samples_from(unlabelled, 0, model=Attending()), {})
+    assert [(one.name, one.tokens) for one in samples.reader.outputs] == [("a", True), ("p", False)]
+
+
 def test_labels_of_tokens_are_scored_beside_other_outputs():
     network = heads("ap")
     items = [item | {"labels": network.fc(network.embedding(item["ids"])).argmax(-1)} for item in texts()]

@@ -181,15 +181,15 @@ def output_reader(model: nn.Module, batches: Sequence[Batch], chosen: Mapping[st
 
 
 def _places_of_tokens(model: nn.Module, batches: Sequence[Batch], passes: Sequence[Sequence[tuple[str, Tensor]]]) -> set[int]:
-    """Return the indices of the outputs with a row for each token of padded texts, also of texts of another length: a size of another
-    output may equal a length by chance."""
+    """Return the indices of the outputs with a row for each token of padded texts, which has the same shape in texts of another length: a
+    size of another output may equal a length by chance, and attention has a number for each pair of tokens."""
     if not passes or batches[0].mask is None:
         return set()
     with evaluating(model), suppress(Exception):  # a model may reject any length
         other = of_other_length(batches[0])
         seen = [*zip(batches, passes, strict=False), (other, named_tensors(call(model, other.inputs)))]
-        of_each = [{place for place, (_, tensor) in enumerate(one) if _shape_of_token(tensor, batch)} for batch, one in seen]
-        return set.intersection(*of_each)
+        shapes = [[_shape_of_token(tensor, batch) for _, tensor in one] for batch, one in seen]
+        return {place for place, shape in enumerate(shapes[0]) if shape and all(one[place : place + 1] == [shape] for one in shapes)}
     return set()
 
 
