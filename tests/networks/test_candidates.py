@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -131,6 +132,13 @@ def test_non_finite_weight_error_names_the_layer(value):
 def test_non_finite_activation_error_names_the_layer():
     samples = {"conv1": [torch.ones(3)], "fc": [torch.ones(2), torch.tensor([1.0, float("inf")])]}
     with pytest.raises(InvalidInput, match="fc"):
+        check_finite_samples(samples)
+
+
+@pytest.mark.parametrize(("huge", "kept"), [("01", r"h.*.m"), ("0", "h.0.m")])
+def test_error_of_huge_activations_keeps_all_their_layers_float(huge, kept):
+    samples = {f"h.{layer}.m": [torch.tensor([3e38 if layer in huge else 1.0])] for layer in "01"} | {"fc": [torch.ones(2)]}
+    with pytest.raises(InvalidInput, match=rf"h\.0\.m.* reaches 3e\+38 .*--keep='{re.escape(kept)}=float'"):
         check_finite_samples(samples)
 
 

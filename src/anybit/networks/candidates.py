@@ -6,14 +6,15 @@ A precision combines one of each, so that five by three choices cost five recons
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from anybit.errors import InvalidFile, InvalidInput, SchemeMismatch
+from anybit.errors import InvalidFile, InvalidInput, SchemeMismatch, some
 from anybit.networks.layer_types import type_of
 from anybit.networks.layers import (
     Pruned,
@@ -242,9 +243,15 @@ def check_finite_samples(samples: Mapping[str, Sequence[Tensor]]) -> None:
     for name, operands in samples.items():
         if not all(torch.isfinite(sample).all() for sample in operands):
             raise InvalidInput(f"The input of layer {name} is NaN or infinite on the calibration data. Check the data and the network.")
-        largest = max((float(sample.abs().max()) for sample in operands if sample.numel()), default=0.0)
-        if largest > LARGEST:
-            raise InvalidInput(
-                f"The input of layer {name} reaches {largest:.3g} on the calibration data; a scale for values "
-                f"beyond {LARGEST:.1g} overflows float32. Check the data and the network, or --keep='{name}=float'."
-            )
+    largest = {name: max((float(one.abs().max()) for one in operands if one.numel()), default=0.0) for name, operands in samples.items()}
+    if huge := [name for name, value in largest.items() if value > LARGEST]:
+        raise InvalidInput(
+            f"The input of layer {some(huge, 3)} reaches {largest[huge[0]]:.3g} on the calibration data; a scale for values beyond "
+            f"{LARGEST:.1g} overflows float32. Check the data and the network, or --keep='{_pattern_of(huge, samples)}=float'."
+        )
+
+
+def _pattern_of(chosen: Sequence[str], names: Iterable[str]) -> str:
+    """Return the name of the first of the layers, with "*" for numbers if that matches all that are chosen and no other."""
+    pattern = re.sub(r"\b\d+\b", "*", chosen[0])
+    return pattern if [name for name in names if fnmatchcase(name, pattern)] == list(chosen) else chosen[0]
