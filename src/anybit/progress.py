@@ -227,14 +227,19 @@ def _read(meter: Meter, event: str, fields: Mapping[str, Any]) -> None:
 
 
 class EventHandler(logging.Handler):
-    """Pass each event to a function, whose errors are raised at the place that reports the event."""
+    """Pass each event to a function, whose errors are raised at the place that reports the event; equal notes once."""
 
     def __init__(self, listener: EventListener):
         super().__init__()
         self.listener = listener
+        self.notes: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.listener(record.getMessage(), getattr(record, "fields", {}))
+        event, fields = record.getMessage(), getattr(record, "fields", {})
+        if event == "note" and fields.get("note") in self.notes:  # of the data and again of the test data
+            return
+        self.notes.add(str(fields.get("note")))
+        self.listener(event, fields)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_w
 
 from anybit.data.contents import contents_of_samples
 from anybit.errors import InvalidInput
+from anybit.progress import listening, tell
 from anybit.sources.inputs import as_samples
 
 X = torch.randn(12, 4)
@@ -101,7 +102,7 @@ def refusal(read, *words):
     ("data", "words"),
     [
         (Failing(), ("Item 7 of the data set Failing raises ValueError: broken file",)),
-        (Subset(Failing(), [3, 7]), ("Item 7 of the data set Failing",)),
+        (Subset(Failing(), [3, 7]), ("Item 7 of the data set Failing (item 1 of the Subset) raises",)),
         (Leaving(), ("Item 7 of the data set Leaving raises SystemExit: gone",)),
         (TooLong(), ("Item 12 of the data set TooLong raises IndexError", "Its length is 20")),
         (Changing(X[0]), ("the data set Changing, item 0 is (Tensor [4], int), and item", "is Tensor [4]")),
@@ -199,6 +200,31 @@ def test_command_names_the_reference_and_writes_nothing(name, words, verb, here)
     )
     assert done.exit_code == 2 and done.stderr.count("\n") == 1 and all(word in done.stderr for word in words), done.stderr
     assert not Path("run/scheme.json").exists()
+
+
+def test_item_with_other_parts_is_named_by_its_number():
+    items = [(one, 1) for one in X[:4]]
+    items[2] = (*items[2], torch.ones(2))
+    for data, size, words in (
+        (items, 4, "and item 2 is (Tensor [4], int, Tensor [2])"), (items, 1, "It is item 2 of the data."),
+        (Subset(items, [3, 2]), 2, "and item 2 (item 1 of the Subset) is"),
+        (Subset(items, [3, 2]), 1, "It is item 2 of the data (item 1 of the Subset)."),
+    ):  # fmt: skip
+        refusal(lambda data=data, size=size: list(as_samples(data).batches(size)), "a tuple of 3, has other parts than the first", words)
+
+
+def test_sample_of_a_subset_is_named_by_its_number_there():
+    items = [(torch.full((4,), float("nan" if at == 3 else "1")), 1) for at in range(5)]
+    (batch,) = as_samples(Subset(items, [4, 3, 2])).subset([1, 2]).batches(4)
+    assert batch.name_of(0, "a batch") == "sample 1 of the data"
+
+
+def test_equal_notes_are_shown_once():
+    notes = []
+    with listening(events=lambda event, fields: notes.append(fields.get("note"))):
+        for note in ("one", "two", "one"):
+            tell("note", note=note)
+    assert notes == ["one", "two"]
 
 
 def test_a_generator_that_may_give_samples_or_batches_is_a_question_whose_remedy_works():

@@ -31,11 +31,24 @@ def name_of(dataset: Any) -> str:
     return "the data" if kind in (list, tuple) or kind.__module__.startswith("anybit.") else f"the data set {kind.__name__}"
 
 
+class Drawn(Subset):
+    """Items that anybit itself has drawn: messages number them as in the data set that the user gave."""
+
+
+def given(dataset: Any) -> tuple[Any, list[int] | None]:
+    """Return (the data set that the user gave, which may be a Subset; the indices of the items drawn from it, None for all)."""
+    return _below(dataset, (Drawn,))
+
+
 def whole(dataset: Any) -> tuple[Any, list[int] | None]:
     """Return (the data set below subsets, the indices of its items; None for all)."""
-    if type(dataset) is not Subset:  # a subclass may change the items
+    return _below(dataset, (Drawn, Subset))
+
+
+def _below(dataset: Any, kinds: tuple[type, ...]) -> tuple[Any, list[int] | None]:
+    if type(dataset) not in kinds:  # a subclass may change the items
         return dataset, None
-    inner, indices = whole(dataset.dataset)
+    inner, indices = _below(dataset.dataset, kinds)
     own = [int(index) for index in dataset.indices]
     return inner, own if indices is None else [indices[index] for index in own]
 
@@ -50,11 +63,11 @@ def length_of(dataset: Any, name: str = "") -> int:
     return length
 
 
-def item_of(dataset: Any, index: int, name: str = "") -> Any:
-    """Return one item. Raises InvalidInput naming it if the data set fails."""
+def item_of(dataset: Any, index: int, name: str = "", also: str = "") -> Any:
+    """Return one item. Raises InvalidInput naming it, by its index and what it is `also` called, if the data set fails."""
     name = name or name_of(dataset)
     try:
-        with reading(f"Item {index} of {name}"):
+        with reading(f"Item {index} of {name}{also}"):
             return dataset[index]
     except InvalidInput as error:
         if isinstance(error.__cause__, IndexError):
@@ -79,12 +92,22 @@ def elements_of(data: Iterable[Any], name: str = "") -> Iterator[Any]:
         del iterator
 
 
+class OtherItem(InvalidInput):
+    """What is wrong with the item at a `place` of a batch, after its name."""
+
+    def __init__(self, words: str, place: int):
+        super().__init__(words)
+        self.place = place
+
+
 class Batches(Dataset):
     """Batches of a data set's items, by their number. Errors are returned, not raised: between processes, an exception would become a
     traceback."""
 
     def __init__(self, dataset: Any, parts: Sequence[Sequence[int]], collate: Callable[[list], Any], name: str = ""):
         self.dataset, self.indices = whole(dataset)
+        data, drawn = given(dataset)
+        self.numbers = (range(len(data)) if drawn is None else drawn) if data is not self.dataset else None
         self.parts, self.collate, self.name = parts, collate, name or name_of(dataset)
 
     def __len__(self) -> int:
@@ -94,29 +117,38 @@ class Batches(Dataset):
         part = list(self.parts[number])
         indices = part if self.indices is None else [self.indices[index] for index in part]
         try:
-            items = self._items(indices)
+            items = self._items(part, indices)
             try:
                 return self.collate(items)
+            except OtherItem as error:
+                own = f" It is item {indices[error.place]} of {self.name}{self._also(part[error.place])}."
+                raise InvalidInput(f"{error}{self._different(part, indices, items) or own}") from error
             except InvalidInput as error:
-                raise InvalidInput(f"{error}{self._different(indices, items)}") from error
+                raise InvalidInput(f"{error}{self._different(part, indices, items)}") from error
         except AnybitError as error:
             return error
 
-    def _items(self, indices: list[int]) -> Any:
+    def _also(self, place: int) -> str:
+        """Return an item's number in the Subset that the user gave, if it is one, in parentheses after a space."""
+        return "" if self.numbers is None else f" (item {self.numbers[place]} of the Subset)"
+
+    def _items(self, part: list[int], indices: list[int]) -> Any:
         at_once = getattr(self.dataset, "__getitems__", None)
         if at_once is None:
-            return [item_of(self.dataset, index, self.name) for index in indices]
+            numbered = zip(part, indices, strict=True)
+            return [item_of(self.dataset, index, self.name, self._also(place)) for place, index in numbered]
         with reading(f"{self.name}, asked for items {some([str(index) for index in indices])},"):
             return at_once(indices)
 
-    def _different(self, indices: list[int], items: Any) -> str:
+    def _different(self, part: list[int], indices: list[int], items: Any) -> str:
         """Name the first item whose parts differ from those of the first, after a space; "" if there is none."""
         if not isinstance(items, list):
             return ""
         kinds = [_parts_of(item) for item in items]
-        for index, kind in zip(indices, kinds, strict=True):
+        for place, index, kind in zip(part, indices, kinds, strict=True):
             if kind != kinds[0]:
-                return f" Of {self.name}, item {indices[0]} is {kinds[0]}, and item {index} is {kind}."
+                first = f"item {indices[0]}{self._also(part[0])} is {kinds[0]}"
+                return f" Of {self.name}, {first}, and item {index}{self._also(place)} is {kind}."
         return ""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from anybit.data.batches import Batch, Reader, Targets, map_tensors, padded, stacked, tensors_in
-from anybit.data.reading import Batches, length_of, loaded, name_of, reading, whole
+from anybit.data.reading import Batches, Drawn, OtherItem, given, length_of, loaded, name_of, reading, whole
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.files.contents import contents_of
 
@@ -72,7 +72,7 @@ class Samples:
 
     def subset(self, indices: Sequence[int]) -> "Samples":
         """Return only these samples, in this order."""
-        return replace(self, dataset=Subset(cast(Dataset, self.dataset), list(indices)))
+        return replace(self, dataset=Drawn(cast(Dataset, self.dataset), list(indices)))
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield all samples in order, `size` at a time. A sample that would be left alone joins the batch before it, since some networks
@@ -85,7 +85,7 @@ class Samples:
                 f"A batch of {min(size, len(self))} such images takes {needed / 2**30:.1f} GiB. Give a smaller --batch-size or --size."
             )
         generator = torch.Generator().manual_seed(self.seed)
-        parts, own = _parts(len(self), size), whole(self.dataset)[1]
+        parts, own = _parts(len(self), size), given(self.dataset)[1]
         batches = Batches(self.dataset, parts, self._collate, self.name)
         for part, batch in zip(parts, loaded(batches, min(self.workers, len(parts)), generator=generator, **self.loading), strict=True):
             labels, reader = batch.labels if self.labelled else None, batch.reader or self.reader
@@ -126,13 +126,21 @@ class Samples:
         with reading(f"The collate_fn of {self.name or name_of(self.dataset)}", "Repair it."):
             return self.collate(items)
 
+    def _pair(self, item: Any, place: int) -> tuple[Any, Any]:
+        """Return (inputs, label) of the item at a place of a batch."""
+        assert self.split is not None
+        try:
+            return self.split(item)
+        except InvalidInput as error:
+            raise OtherItem(str(error), place) from error
+
     def _split(self, items: list) -> Batch:
         assert self.split is not None
         if self.collate is stacked:
-            pairs = [self.split(item) for item in items]
-            given = [label for _, label in pairs]
-            own, labels_of_own = padded([own for own, _ in pairs], [] if self.listed else given)
-            inputs, labels = stacked(own), given if self.listed else stacked(labels_of_own) if self.labelled else None
+            pairs = [self._pair(item, place) for place, item in enumerate(items)]
+            read = [label for _, label in pairs]
+            own, labels_of_own = padded([own for own, _ in pairs], [] if self.listed else read)
+            inputs, labels = stacked(own), read if self.listed else stacked(labels_of_own) if self.labelled else None
         else:
             inputs, labels = self.split(self._collated(items))
         if self.listed:

@@ -25,6 +25,7 @@ from anybit.networks.refusals import (
     check_differentiable,
     check_network,
     check_outputs,
+    check_runs_again,
     moving_state,
     observed_pass,
 )
@@ -124,6 +125,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     check_outputs(model, outputs, example)
     fold = batchnorm.fold_checked(model, batchnorm.foldable(model, first.wiring), example, outputs)
     folded, norms, wiring = fold.model, fold.norms, fold.wiring
+    check_runs_again(names, wiring)
     unfolded = batchnorm.unfolded(model, first.wiring, norms)
     for network in (model, folded):
         restore(network, moving)

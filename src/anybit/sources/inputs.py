@@ -15,7 +15,6 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
     SubsetRandomSampler,
     default_collate,
 )
@@ -34,7 +33,7 @@ from anybit.data.batches import (
 from anybit.data.options import TEXT_SUFFIXES, parse_columns, suffix_of
 from anybit.data.outputs import output_reader
 from anybit.data.readers import token_reader
-from anybit.data.reading import elements_of, item_of, length_of
+from anybit.data.reading import Drawn, elements_of, item_of, length_of
 from anybit.data.samples import ArrayDataset, NamedArrays, Samples
 from anybit.data.tasks import Metric
 from anybit.data.texts import read_rows
@@ -383,7 +382,7 @@ def _sampled(loader: DataLoader) -> Any:
     if isinstance(sampler, (Sequence, np.ndarray, torch.Tensor)):
         indices = [int(index) for index in sampler]
         if len(set(indices)) == len(indices):
-            return Subset(loader.dataset, indices)
+            return Drawn(loader.dataset, indices)
     tell(
         "note",
         note=f"the {type(sampler).__name__} of the DataLoader is not used: samples are drawn evenly from its whole data set. For some of "

@@ -134,7 +134,10 @@ def _with_ragged_labels(form: Form, samples: Samples) -> Form:
         return form
     shapes: set[tuple[int, ...]] = set()
     for index in range(min(FIRST_LABELS, len(samples))):
-        inputs, label = form(item_of(samples.dataset, index, samples.name))
+        try:
+            inputs, label = form(item_of(samples.dataset, index, samples.name))
+        except InvalidInput:  # reported with its number when it is read
+            return form
         if not np.ndim(label) or "attention_mask" in Batch(inputs).named:
             return form
         shapes.add(tuple(np.shape(label)))
