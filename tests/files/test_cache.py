@@ -310,17 +310,32 @@ def test_changed_metric_code_is_measured_again(tmp_path, monkeypatch):
         )
 
 
-def test_a_metric_is_measured_again_if_a_file_that_its_code_names_has_changed(tmp_path):
-    model, data, file = make(Residual), (images(40), torch.zeros(40, dtype=torch.int64)), tmp_path / "weight.txt"
+@pytest.mark.parametrize("reader", ["constant path", "computed path", "imported module"])
+def test_a_metric_that_reads_files_or_imports_is_measured_again(reader, tmp_path, monkeypatch):
+    model, data, file = make(Residual), (images(40), torch.zeros(40, dtype=torch.int64)), tmp_path / "weights.py"
     settings = {**SETTINGS, "pipeline": "light", "cache": tmp_path / "kept"}
+    monkeypatch.syspath_prepend(tmp_path)
 
-    def metric(outputs, labels):
-        return float(file.read_text())
+    def constant(outputs, labels):
+        return float(file.read_text().partition("=")[2])
 
+    def computed(outputs, labels):
+        with open(os.path.join(tmp_path, "weights" + ".py")) as opened:
+            return float(opened.read().partition("=")[2])
+
+    def imported(outputs, labels):
+        import weights
+
+        return weights.value
+
+    metric = {"constant path": constant, "computed path": computed, "imported module": imported}[reader]
     for value in (1.0, 2.0):
-        file.write_text(str(value))
+        file.write_text(f"value={value}")
+        sys.modules.pop("weights", None)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
         result = anybit.calibrate(model, data, "4bit", metric=metric, **settings)
         assert {row["metric"] for row in result.report["schemes"]} == {value}
+    sys.modules.pop("weights", None)
 
 
 # The command line

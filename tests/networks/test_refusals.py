@@ -1016,3 +1016,35 @@ class Placed(Tokens):
 def test_embedding_called_with_a_shape_is_covered():
     result = calibrated(make(Placed), tokens(24))
     assert "places" in result.scheme and anybit.inspect(make(Placed), tokens(4), export=False)["layers"]["places"]["input"] == []
+
+
+class KeepsOutput(nn.Module):
+    """A network that runs one of its layers in the first pass only."""
+
+    def __init__(self):
+        super().__init__()
+        self.position, self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 3)
+        self.kept = None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = self.position(torch.ones(1, 8)).detach()
+        return self.last(self.first(x + self.kept).relu())
+
+
+def test_layer_that_runs_in_the_first_pass_only_is_refused_with_a_remedy_that_works():
+    model, x = KeepsOutput().eval(), torch.randn(32, 8)
+    for verb in (lambda: anybit.inspect(model, x, export=False), lambda: anybit.calibrate(model, x, "4bit", pipeline="light")):
+        with pytest.raises(UnsupportedModel, match="Layer position runs in the first forward pass only"):
+            verb()
+    model(x[:1])
+    assert list(anybit.calibrate(model, x, "4bit", pipeline="light").scheme) == ["first", "last"]
+
+
+def test_other_default_types_are_refused():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(UnsupportedModel, match=r"torch\.set_default_dtype\(torch\.float32\)"):
+            anybit.calibrate(make(Chain), images(16), "4bit")
+    finally:
+        torch.set_default_dtype(torch.float32)

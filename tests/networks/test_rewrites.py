@@ -5,15 +5,18 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import numbers
+from networks import Odd, numbers
 from torch import Tensor, nn
 
 import anybit
 from anybit.data.batches import Batch, call
 from anybit.errors import SchemeMismatch, UnsupportedModel
 from anybit.networks.layers import coverage, float_weight
+from anybit.networks.observed import observe_network
 from anybit.networks.rewrites import Rewrite, rewrite_of, rewritten, rewritten_as
 from anybit.networks.wiring import observe
+from anybit.roads.settings import CalibrateSettings
+from anybit.scheme import FLOAT
 
 HEADS, WIDTH = 2, 8
 
@@ -218,3 +221,9 @@ def test_rejects_rewrite_of_another_network():
     record = rewrite_of(rewritten(model, batch))
     with pytest.raises(SchemeMismatch):
         rewritten_as(nn.Sequential(nn.Linear(2, 2)), record)
+
+
+def test_product_of_a_function_is_kept_float_by_its_name():
+    network = Odd(lambda s, x: s.a(x) @ s.b(x).mT, a=nn.Linear(6, 4), b=nn.Linear(6, 4)).eval()
+    settings = CalibrateSettings((8,), (8,), keep={"matmul": FLOAT})
+    assert observe_network(network, Batch(torch.randn(2, 5, 6)), settings.options).choices["matmul"] == [FLOAT]

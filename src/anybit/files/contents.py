@@ -4,13 +4,14 @@ User code is hashed with everything that it reads by name: functions that it cal
 hashed by name: its effect shows in a network's outputs, and versions are compared elsewhere.
 """
 
+import dis
 import functools
 import hashlib
 import logging
 import os
-import stat
 import sys
 import sysconfig
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,11 @@ from torch import Tensor, nn
 PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...), Path, torch.dtype, torch.device, np.generic)
 WALKED = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"}
 """Attributes of an nn.Module that are hashed separately, or carry no information."""
+READERS = {
+    "open", "load", "loadtxt", "genfromtxt", "fromfile", "memmap", "read_text", "read_bytes", "read_csv", "read_json", "imread", "urlopen",
+    "environ", "getenv",
+}  # fmt: skip
+"""Names by which code reads files, or what else may change between two runs."""
 
 
 def digest(tensors: Mapping[str, Tensor] | Iterable[Tensor]) -> str:
@@ -35,10 +41,10 @@ def digest(tensors: Mapping[str, Tensor] | Iterable[Tensor]) -> str:
     return whole.hexdigest()
 
 
-def contents_of(value: Any, files: bool = False) -> str:
-    """Return the SHA-256 of `value` with its contents; for an opaque value, one that no other value in any process has. `files`: also of
-    the files whose whole paths are among its constants, globals and attributes."""
-    return _digested(value, _Walk(lambda value: f"{_type_name(value)} {os.getpid()} {id(value)}", files=files))
+def contents_of(value: Any, reading: bool = False) -> str:
+    """Return the SHA-256 of `value` with its contents; for an opaque value, one that no other value in any process has. `reading`:
+    code that may read files, or import the user's modules, has another one at each call, since what it reads may have changed."""
+    return _digested(value, _Walk(lambda value: f"{_type_name(value)} {os.getpid()} {id(value)}", reading=reading))
 
 
 def network_contents(model: nn.Module) -> dict[str, str]:
@@ -60,13 +66,13 @@ class _Walk:
     names   id of a module -> its name
     root    a module of a network: its state dict is left out, and so are objects of installed packages, such as a configuration, whose
             effect shows elsewhere
-    files   whether a text or path that names a file stands for the file's bytes
+    reading whether code that may read files is unlike any other
     """
 
     opaque: Callable[[Any], str]
     names: Mapping[int, str] = field(default_factory=dict)
     root: nn.Module | None = None
-    files: bool = False
+    reading: bool = False
     around: list[int] = field(default_factory=list)
     known: dict[int, tuple[Any, str]] = field(default_factory=dict)
     whole: Any = field(default_factory=hashlib.sha256)
@@ -80,8 +86,6 @@ class _Walk:
     def add(self, value: Any) -> None:
         if isinstance(value, PLAIN):
             self.put(type(value).__name__, repr(value))
-            if self.files and isinstance(value, (str, Path)):
-                self.put(_file_contents(value))
         elif id(value) in self.around:
             self.put("around", self.around.index(id(value)))
         else:
@@ -110,17 +114,6 @@ def _digested(value: Any, walk: _Walk) -> str:
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _file_contents(name: str | Path) -> str:
-    """Return the SHA-256 of the file of this name, "" if there is none."""
-    try:
-        if not stat.S_ISREG(os.stat(name).st_mode):  # opening a pipe would wait
-            return ""
-        with Path(name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError):  # a text that is no path
-        return ""
 
 
 def _type_name(value: Any) -> str:
@@ -179,7 +172,7 @@ def _add_mapping(value: Mapping, walk: _Walk) -> None:
 @_add.register(set)
 @_add.register(frozenset)
 def _add_set(value: Any, walk: _Walk) -> None:
-    walk.put("set", *sorted(_digested(one, _Walk(walk.opaque, walk.names, walk.root, walk.files)) for one in value))
+    walk.put("set", *sorted(_digested(one, _Walk(walk.opaque, walk.names, walk.root, walk.reading)) for one in value))
 
 
 @_add.register
@@ -227,6 +220,9 @@ def _add_function(value: FunctionType, walk: _Walk) -> None:
 def _add_code(code: CodeType, names: Mapping[str, Any], walk: _Walk) -> None:
     """Add code, and everything that it reads by name: functions, classes and values of its module, and user modules."""
     walk.put(code.co_code, code.co_names, code.co_varnames)
+    imported = {one.argval for one in dis.get_instructions(code) if one.opname == "IMPORT_NAME"} if walk.reading else set()
+    if walk.reading and (READERS & {*code.co_names} or not all(map(_is_installed, imported))):
+        walk.put(uuid.uuid4().hex)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             _add_code(constant, names, walk)

@@ -173,7 +173,7 @@ def to_tensors(candidates: Candidates) -> dict[str, Tensor]:
             tensors[f"{name}|W{bits}|bias"] = weights.bias
     for (name, bits), inputs in candidates.activations.items():
         tensors[f"{name}|A{bits}"] = torch.stack([inputs.scale, inputs.zero_point])
-    tensors |= {f"{name}|edge": torch.tensor(ends) for name, ends in candidates.edges.items()}
+    tensors |= {f"{name}|edge": torch.tensor(ends, dtype=torch.float32) for name, ends in candidates.edges.items()}
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
 

@@ -1,5 +1,6 @@
 """Observe, fold and prepare a float network; every road starts from the result."""
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +25,7 @@ from anybit.networks.refusals import (
     check_differentiable,
     check_network,
     check_outputs,
+    check_runs_again,
     moving_state,
     observed_pass,
 )
@@ -103,7 +105,8 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     check_finite_weights(model)
     covered, _ = coverage(model)
     # Before a mismatched type makes the network reject its input.
-    check_float32(model, [name for name in covered if name not in options.float_layers(covered)])
+    known = replace(options, keep={pattern: kept for pattern, kept in options.keep.items() if fnmatch.filter(covered, pattern)})
+    check_float32(model, [name for name in covered if name not in known.float_layers(covered)])  # functions are no layers yet
     before = state_of(model)
     first = observed_pass(model, example)
     if calls_functions(model, first.wiring):
@@ -122,6 +125,7 @@ def observe_network(model: nn.Module, example: Batch, options: LayerOptions) -> 
     check_outputs(model, outputs, example)
     fold = batchnorm.fold_checked(model, batchnorm.foldable(model, first.wiring), example, outputs)
     folded, norms, wiring = fold.model, fold.norms, fold.wiring
+    check_runs_again(names, wiring)
     unfolded = batchnorm.unfolded(model, first.wiring, norms)
     for network in (model, folded):
         restore(network, moving)

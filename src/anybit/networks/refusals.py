@@ -36,6 +36,11 @@ _REMOVERS = {
 
 def check_network(model: nn.Module) -> None:
     """Raise UnsupportedModel for problems that show before the network runs: scripted code, and weights that are not plain tensors."""
+    if torch.get_default_dtype() != torch.float32:
+        raise UnsupportedModel(
+            f"PyTorch's default type is {torch.get_default_dtype()}, and anybit computes and stores float32. Call "
+            "torch.set_default_dtype(torch.float32) first."
+        )
     if isinstance(model, COVERED):
         raise UnsupportedModel(f"The network itself is a {type(model).__name__}, but layers need names. Put it into an nn.Sequential.")
     for name, module in model.named_modules():
@@ -253,6 +258,15 @@ def check_differentiable(model: nn.Module, blocks: Iterable[str], example: Batch
         raise UnsupportedModel(
             f"{place} lets no gradient through (no_grad, inference_mode or detach inside it), and only --pipeline=light works without one. "
             "Remove it from the forward, or calibrate with --pipeline=light."
+        )
+
+
+def check_runs_again(names: Sequence[str], wiring: Wiring) -> None:
+    """Raise UnsupportedModel for a layer that ran in the first pass and not in this later one."""
+    if once := next((name for name in names if name not in wiring.calls), None):
+        raise UnsupportedModel(
+            f"Layer {once} runs in the first forward pass only: the network keeps its output. Compute it in every forward, or run the "
+            "network once on an input before, which makes it a constant of the network."
         )
 
 

@@ -57,7 +57,7 @@ def _numbers_digest(batches: Sequence[Batch]) -> str:
 def metric_digest(metric: Metric | None, batches: Sequence[Batch]) -> str | None:
     """Return the SHA-256 of a custom metric and of the labels that only it reads; None without a metric."""
     targets = [batch.labels for batch in batches if isinstance(batch.labels, Targets)]
-    return None if metric is None else contents_of(metric, files=True) + (contents_of(targets) if targets else "")
+    return None if metric is None else contents_of(metric, reading=True) + (contents_of(targets) if targets else "")
 
 
 def weights_digest(network: ObservedNetwork) -> str:
