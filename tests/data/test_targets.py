@@ -145,6 +145,7 @@ def test_grow_train_search_and_extract_score_them():
     [
         ([(x, "cat") for x in X], r"Element 1 of its items is text \('cat'\)"),
         ([(x, None) for x in X], r"Element 1 of its items is None"),
+        ([(x, {"boxes": X}, {"masks": X}) for x in X], r"Elements 1, 2 of its items may each be for a metric: keep one of them"),
         (ITEMS["tuples"], r"Element 1 of its items is for a metric alone"),
         ("x.npz", r"x\.npz holds x, x_test, and no y"),
         ("x.npz#test", r"x\.npz holds x, x_test, and no y_test"),

@@ -164,7 +164,10 @@ def _unlabelled_in_words(first: Any, form: Form) -> str:
             return f"{name} is text ({part[:40]!r}), not a number: numpy.unique(labels, return_inverse=True)[1] numbers texts. "
         if part is None:
             return f"{name} is None. "
-    return ""
+    several = [str(place) for place in places if not isinstance(first, Mapping) and _is_target(first[place])]
+    own = set(map(str, form.inputs or ()))
+    several = [place for place in several if place not in own]
+    return f"Elements {', '.join(several)} of its items may each be for a metric: keep one of them. " if len(several) > 1 else ""
 
 
 def _with_parts(form: Form, first: Any, tries: "_Tries") -> Form:
