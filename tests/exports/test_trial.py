@@ -1,5 +1,7 @@
 """`inspect` reports, before any work, what export would reject."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,3 +145,21 @@ def test_fixed_length_of_texts_is_said_before_the_work_and_of_the_file(network, 
             anybit.verify(run, tmp_path / "net.onnx", model=model, data=shorter)
     else:
         assert anybit.verify(run, tmp_path / "net.onnx", model=model, data=shorter)["ok"]
+
+
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(x).reshape(len(x), -1)
+
+
+def test_code_that_python_knows_by_two_names_is_exported_and_left_as_it_was(monkeypatch):
+    """Transformers registers some of its modules twice."""
+    own = sys.modules[Counted.__module__]
+    monkeypatch.setitem(sys.modules, f"{Counted.__module__}.again", own)
+    report = anybit.inspect(Counted().eval(), torch.randn(8, 4), cache=False)["export"]
+    assert report["ok"], report
+    assert "len" not in vars(own)

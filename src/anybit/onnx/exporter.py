@@ -120,8 +120,10 @@ def _batch_as_size(model: nn.Module) -> Iterator[None]:
     """Let `len(x)` in the network's own code, and `x.chunk(n)` of a tensor of n batches, be sizes of the graph, as x.shape[0] is."""
     packages = {cls.__module__.partition(".")[0] for module in model.modules() for cls in type(module).__mro__}
     packages -= {"torch", "builtins", "anybit"}
-    code = [vars(module) for name, module in list(sys.modules.items()) if name.partition(".")[0] in packages]
-    without = [names for names in code if "len" not in names]
+    modules = {
+        id(module): module for name, module in list(sys.modules.items()) if name.partition(".")[0] in packages
+    }  # some have two names
+    without = [names for names in map(vars, modules.values()) if "len" not in names]
     try:
         for names in without:
             names["len"] = _length
