@@ -163,3 +163,40 @@ def test_code_that_python_knows_by_two_names_is_exported_and_left_as_it_was(monk
     report = anybit.inspect(Counted().eval(), torch.randn(8, 4), cache=False)["export"]
     assert report["ok"], report
     assert "len" not in vars(own)
+
+
+class Normalized(nn.Module):
+    """A network with a buffer of any name, which it subtracts from its input `x`, and operators called sub, relu and mean."""
+
+    def __init__(self, name, persistent):
+        super().__init__()
+        self.name = name
+        self.register_buffer(name, torch.full((1, 3, 1, 1), 0.5), persistent=persistent)
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc((self.conv(x - getattr(self, self.name))).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(("name", "persistent"), [("mean", True), ("relu", False), ("sub", True), ("x", True), ("output", False)])
+def test_buffers_with_names_of_operators_and_arguments_are_exported(name, persistent, tmp_path):
+    model, x = Normalized(name, persistent).eval(), images(24)
+    result = anybit.calibrate(model, x, pipeline="light", weight_bits=(8,), activation_bits=(8,), cache=False)
+    result.export(tmp_path / "net.onnx", x)
+    assert result.verify(tmp_path / "net.onnx", x)["ok"]
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.ones(4))
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, features, shift):
+        return self.fc(features + shift * self.shift)
+
+
+def test_buffer_called_like_a_named_input_is_refused_before_the_work():
+    items = [{"features": torch.randn(4), "shift": torch.randn(4)} for _ in range(8)]
+    trial = anybit.inspect(Shifted().eval(), items, cache=False)["export"]
+    assert not trial["ok"] and "shift is an argument of the network's forward" in trial["reason"], trial

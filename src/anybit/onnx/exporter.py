@@ -8,6 +8,7 @@ batch       all inputs have the same batch size; `len(x)` and the sizes of `x.ch
 """
 
 import inspect
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -78,7 +79,23 @@ def export_graph(plain: nn.Module, inputs: Inputs, length: int | None, wiring: W
             "The network's forward fixes the size of the batch: it takes it as a number of Python, as in int(x.shape[0]) or a loop over "
             "samples. Let it use x.shape[0] as it is, or -1."
         )
+    if isinstance(inputs, dict) and (shared := [value.name for value in graph.graph.inputs if value.name in graph.graph.initializers]):
+        raise UnsupportedModel(
+            f"{shared[0]} is an argument of the network's forward and a weight or buffer of the network, but a file with inputs by name "
+            "can have it only once. Rename one of them."
+        )
+    _rename_apart(graph.graph)
     return graph
+
+
+def _rename_apart(graph: ir.Graph) -> None:
+    """Rename inputs and results of operators that have the name of a weight or buffer, such as a buffer called "mean" beside a mean."""
+    values = [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]
+    used = {*graph.initializers, *(value.name for value in values)}
+    for value in values:
+        if value.name in graph.initializers:
+            value.name = next(name for count in itertools.count(2) if (name := f"{value.name}_{count}") not in used)
+            used.add(value.name)
 
 
 @contextmanager

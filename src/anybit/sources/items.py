@@ -155,7 +155,9 @@ def _unlabelled_in_words(first: Any, form: Form) -> str:
     if form.label is not None:
         return ""
     if form.target is not None:
-        return f"{'Entry' if isinstance(form.target, str) else 'Element'} {form.target} of its items is for a metric alone. "
+        return (
+            f"{'Entry' if isinstance(form.target, str) else 'Element'} {form.target} of its items is for a metric alone: give a --metric. "
+        )
     places = LABELS if isinstance(first, Mapping) else range(1, len(first)) if isinstance(first, (tuple, list)) else ()
     for place in places:
         part = first.get(place, ...) if isinstance(first, Mapping) else first[place]
