@@ -93,7 +93,7 @@ def elements_of(data: Iterable[Any], name: str = "") -> Iterator[Any]:
 
 
 class OtherItem(InvalidInput):
-    """What is wrong with the item at a `place` of a batch, after its name."""
+    """A fault of the item at a `place` of a batch, to be read after its name."""
 
     def __init__(self, words: str, place: int):
         super().__init__(words)

@@ -87,11 +87,11 @@ def kind_of(data: Any) -> str:
     return TEXTS if data.startswith("hf:") or (suffix_of(path) in TEXT_SUFFIXES and Path(path).is_file()) else CODE
 
 
-def check_applies(given: Preprocessing, data: Sequence[Any], recorded: Preprocessing = Preprocessing()) -> None:
-    """Raise InvalidSetting if an option that the user gave cannot apply to the data, such as the training and the test data; beside others,
-    data that Python code makes are used as they are. `recorded` is what a run adds to the options."""
+def check_applies(options: Preprocessing, data: Sequence[Any], recorded: Preprocessing = Preprocessing()) -> None:
+    """Raise InvalidSetting if one of the user's `options` cannot apply to the data, such as the training and the test data; beside others,
+    data that Python code makes are used as they are. `recorded` is what a run adds to them."""
     kinds = {kind_of(one): one if isinstance(one, str) else "the data in memory" for one in data if one is not None}
-    for name, value in vars(given).items():
+    for name, value in vars(options).items():
         if value == getattr(Preprocessing(), name):
             continue
         applies = APPLY_TO[name]
@@ -100,9 +100,11 @@ def check_applies(given: Preprocessing, data: Sequence[Any], recorded: Preproces
             where = "there is no --data" if not wrong else f"{kinds[wrong[0]]} is {wrong[0]}"
             where = "the data are in memory" if wrong and kinds[wrong[0]] == "the data in memory" else where
             raise InvalidSetting(f"--{name} applies to {' or '.join(applies)}, and {where}. Leave it out.")
-    merged = overridden(recorded, given)
-    if given.interpolation != Preprocessing().interpolation and not (merged.size or merged.resize):
-        raise InvalidSetting(f"--interpolation={given.interpolation} has no effect without --size or --resize. Give one, or leave it out.")
+    merged = overridden(recorded, options)
+    if options.interpolation != Preprocessing().interpolation and not (merged.size or merged.resize):
+        raise InvalidSetting(
+            f"--interpolation={options.interpolation} has no effect without --size or --resize. Give one, or leave it out."
+        )
 
 
 def applicable(preprocessing: Preprocessing, data: Any) -> Preprocessing:
