@@ -163,6 +163,12 @@ def test_rejects_network_without_gradients_only_where_needed(here):
         assert set(one_json_object(done.stdout)["layers"]) == {"conv1", "conv2", "fc"}
 
 
+def test_inspect_names_its_stages_without_a_terminal(here):
+    inspect = ["inspect", "--model", "m.py:net", "--data", "x.npz"]
+    assert [line.split()[3] for line in anybit_cli(*inspect).stderr.splitlines()] == ["observe", "trial"]
+    assert "trial" not in anybit_cli(*inspect, "--no-export").stderr and not anybit_cli(*inspect, "--quiet").stderr
+
+
 def test_inspect_without_data_names_what_needs_data(here):
     seen = anybit_cli("inspect", "--model", "m.py:net", "--data", "x.npz")
     unseen = anybit_cli("inspect", "--model", "m.py:net")

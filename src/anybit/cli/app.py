@@ -28,7 +28,7 @@ VERBS: dict[Callable[..., Outcome | None], tuple[str, ...]] = {
     verify: ("threads", *TELLING),
     bench: TELLING,
     profile: TELLING,
-    inspect: ("threads", "config", "quiet", "as_json"),
+    inspect: ("threads", *TELLING),
     **dict.fromkeys((diff, explain, cache), ("as_json",)),
 }
 """verb -> its common options."""

@@ -9,17 +9,22 @@ from torch import nn
 
 from anybit.calls import public
 from anybit.data.batches import Batch, check_finite, in_evaluation_mode
+from anybit.environment import StageClock
 from anybit.errors import InvalidInput, InvalidSetting
 from anybit.exports.trial import try_export
 from anybit.networks.copies import checked_copy
 from anybit.networks.layers import float_weight
 from anybit.networks.observed import ObservedNetwork, observe_network, unobserved_network
 from anybit.networks.refusals import check_network
+from anybit.progress import plan
 from anybit.roads.settings import CalibrateSettings
 from anybit.scheme import Precision
 from anybit.settings import takes
 from anybit.sources.inputs import check_outputs, compared, first_samples, samples_from
 from anybit.sources.models import adapted_network, load_model
+
+OBSERVING, EXPORTING = "observe and fold", "trial export"
+"""Stages of an inspection, of which the second takes most of the time."""
 
 
 @public
@@ -44,10 +49,16 @@ def inspect(
     if data is None:
         network, trial = unobserved_network(model, options), {"ok": None, "reason": "it needs data"}
     else:
-        copied, batch = _observable(model, data, chosen.outputs)
-        network = observe_network(copied, batch, options)
-        check_outputs(copied, batch)
-        trial = try_export(network, batch, cache) if export else {"ok": None, "reason": "it was not tried"}
+        clock = StageClock()
+        plan([(OBSERVING, 1.0), *([(EXPORTING, 4.0)] if export else [])], measured=False)
+        with clock.stage(OBSERVING):
+            copied, batch = _observable(model, data, chosen.outputs)
+            network = observe_network(copied, batch, options)
+            check_outputs(copied, batch)
+        trial = {"ok": None, "reason": "it was not tried"}
+        if export:
+            with clock.stage(EXPORTING):
+                trial = try_export(network, batch, cache)
     blocks = {layer: unit.name for unit in network.units for layer in unit.layers if unit.name != layer}
     layers = {name: _layer_row(network, name, data is not None, blocks.get(name), options.weight_bits) for name in network.names}
     uniform = {bits: network.costs.summary(network.uniform(bits, options.activation_bits[-1])) for bits in options.weight_bits}
