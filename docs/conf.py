@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 project, author, copyright = "anybit", "The anybit authors", "The anybit authors"  # noqa: A001
 release = version = anybit.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
-exclude_patterns = ["_build", "*.in.md"]
+exclude_patterns = ["jupyter_execute", "_build", "*.in.md"]
 html_theme = "furo"
 html_title = "anybit"
 myst_heading_anchors = 3
